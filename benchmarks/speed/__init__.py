@@ -1,0 +1,1 @@
+"""How fast a mixture is: loraweave, its peers and the floor, timed in one process and interleaved."""

@@ -1,0 +1,144 @@
+"""The decoder that every contender runs on, and the LoRAs mixed into it; random weights, seeded."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shapes of one run.
+
+    Attributes:
+        vocab: small, so that the language model head, which nothing is mixed into, does not hide what mixing costs.
+        alpha: not the rank, so that the experts' scale ``alpha / rank`` is a number that has to be multiplied.
+        batch, length: of the forward and the training scenario.
+        prompt, new_tokens: of the generation scenarios.
+    """
+
+    layers: int = 12
+    width: int = 768
+    intermediate: int = 2048
+    heads: int = 12
+    vocab: int = 8192
+    experts: int = 8
+    rank: int = 16
+    alpha: int = 32
+    batch: int = 2
+    length: int = 256
+    prompt: int = 64
+    new_tokens: int = 32
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(f"expert{i}" for i in range(self.experts))
+
+
+SIZES = {
+    "full": Size(),
+    "small": Size(layers=4, width=256, intermediate=688, heads=4, vocab=2048, length=128, prompt=32, new_tokens=8),
+    "tiny": Size(2, 32, 64, 2, vocab=64, experts=4, rank=2, alpha=4, batch=2, length=12, prompt=5, new_tokens=3),
+}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What contenders are built from.
+
+    Attributes:
+        size: the shapes.
+        base: the bare model; frozen, in evaluation mode. Contenders take :meth:`model`, never ``base`` itself.
+        experts: expert name -> PEFT folder.
+        contexts: entered by contenders that live inside one (a mask); whoever makes a bench closes them.
+    """
+
+    size: Size
+    base: nn.Module
+    experts: dict[str, Path]
+    contexts: ExitStack = field(default_factory=ExitStack)
+
+    def model(self, own_weights: bool = False) -> nn.Module:
+        """A copy of the bare model for one contender; its weights are shared, unless it is going to change them."""
+        if own_weights:
+            return copy.deepcopy(self.base)
+        shared = {id(tensor): tensor for tensor in chain(self.base.parameters(), self.base.buffers())}
+        return copy.deepcopy(self.base, shared)
+
+
+def decoder(size: Size, seed: int = 0) -> nn.Module:
+    """The bare model: a Llama of the given size with random weights, fp32, frozen."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=size.vocab,
+        hidden_size=size.width,
+        intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    model: nn.Module = LlamaForCausalLM(config)
+    return model.requires_grad_(False).eval()
+
+
+def write_experts(size: Size, base: nn.Module, folder: Path, seed: int = 1) -> dict[str, Path]:
+    """Write ``size.experts`` LoRAs as PEFT folders, on every projection of every layer; no factor is zero.
+
+    Returns:
+        Expert name -> its folder.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    modules = {path: m for path, m in base.named_modules() if path.rpartition(".")[2] in TARGETS}
+    config = LoraConfig(r=size.rank, lora_alpha=size.alpha, target_modules=list(TARGETS), task_type="CAUSAL_LM")
+    config.inference_mode = True
+    folders = {}
+    for name in size.names:
+        factors: dict[str, Tensor] = {}
+        for path, module in modules.items():
+            assert isinstance(module, nn.Linear)
+            A = torch.randn(size.rank, module.in_features, generator=generator) / math.sqrt(module.in_features)
+            B = torch.randn(module.out_features, size.rank, generator=generator) * 0.02
+            factors[f"base_model.model.{path}.lora_A.weight"] = A
+            factors[f"base_model.model.{path}.lora_B.weight"] = B
+        folders[name] = folder / name
+        folders[name].mkdir(parents=True)
+        config.save_pretrained(str(folders[name]))
+        save_file(factors, folders[name] / "adapter_model.safetensors", metadata={"format": "pt"})
+    return folders
+
+
+def make_bench(size: Size, folder: Path) -> Bench:
+    """The bare model and its experts; the experts are read from ``folder``, and written there first if it has none."""
+    base = decoder(size)
+    settings = folder / "size.json"
+    if settings.exists():
+        if json.loads(settings.read_text()) != repr(size):
+            raise ValueError(f"{folder} holds experts of another size")
+        return Bench(size, base, {name: folder / name for name in size.names})
+    experts = write_experts(size, base, folder)
+    settings.write_text(json.dumps(repr(size)))
+    return Bench(size, base, experts)
+
+
+def token_ids(size: Size, batch: int, length: int, seed: int = 2) -> dict[str, Tensor]:
+    """``input_ids`` and an all-ones ``attention_mask``, ``[batch, length]``, as a tokenizer would return them."""
+    ids = torch.randint(1, size.vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -1,0 +1,188 @@
+"""From seconds to ratios, required bounds, JSON and tables."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from speed.timing import Spread, ratios
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Bound:
+    """``of / to``, as a ratio of times, must stay below ``at_most`` or reach ``at_least``."""
+
+    scenario: str
+    of: str
+    to: str
+    at_most: float | None = None
+    at_least: float | None = None
+
+    @property
+    def text(self) -> str:
+        return f"<= {self.at_most}" if self.at_most is not None else f">= {self.at_least}"
+
+    def holds(self, ratio: float) -> bool:
+        return (self.at_most is None or ratio <= self.at_most) and (self.at_least is None or ratio >= self.at_least)
+
+
+BOUNDS = (
+    Bound("forward", "sum", "bare", at_most=1.30),
+    Bound("forward", "mole block", "bare", at_most=1.34),
+    Bound("forward", "mole top-2", "bare", at_most=1.15),
+    Bound("forward", "peft all", "sum", at_least=1.35),
+    Bound("generate, batch 1", "sum", "bare", at_most=1.45),
+    Bound("generate, batch 1", "mole block", "bare", at_most=1.45),
+    Bound("generate, batch 1", "peft all", "sum", at_least=1.35),
+    Bound("generate, batch 1", "peft X-LoRA", "mole block", at_least=15),
+    Bound("train", "mole block", "peft LoRA", at_most=1.35),
+)
+
+Results = dict[str, dict[str, Any]]
+
+
+def summary(seconds: dict[str, list[float]], baseline: str) -> dict[str, Any]:
+    """One scenario's figures: of each contender the spread of its seconds and of its ratio to the baseline."""
+    rows = {}
+    for name, sample in seconds.items():
+        time, ratio = Spread.of(sample), ratios(sample, seconds[baseline])
+        rows[name] = {
+            "median": time.median,
+            "quartiles": [time.low, time.high],
+            "ratio": ratio.median,
+            "ratio_quartiles": [ratio.low, ratio.high],
+            "seconds": sample,
+        }
+    return {"baseline": baseline, "contenders": rows}
+
+
+def judge(results: Results, bounds: Iterable[Bound] = BOUNDS) -> Iterator[dict[str, Any]]:
+    """The bounds whose scenario was run, with what was measured."""
+    for bound in bounds:
+        rows = results.get(bound.scenario, {}).get("contenders", {})
+        if bound.of in rows and bound.to in rows:
+            ratio = ratios(rows[bound.of]["seconds"], rows[bound.to]["seconds"])
+            yield {
+                "scenario": bound.scenario,
+                "ratio": f"{bound.of} / {bound.to}",
+                "bound": bound.text,
+                "measured": ratio.median,
+                "quartiles": [ratio.low, ratio.high],
+                "holds": bound.holds(ratio.median),
+            }
+
+
+def environment(threads: int) -> dict[str, Any]:
+    """What the figures depend on."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "load_before": os.getloadavg()[0],
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in ("torch", "transformers", "peft")},
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    fields: dict[str, str] = {}
+    if info.exists():
+        for line in reversed(info.read_text().splitlines()):
+            key, _, value = line.partition(":")
+            fields[key.strip()] = value.strip()
+    if "model name" not in fields:
+        return platform.processor() or platform.machine()
+    numbers = f"family {fields.get('cpu family')}, model {fields.get('model')}"
+    return f"{fields['model name']} ({numbers}, {fields.get('cpu MHz', '?')} MHz)"
+
+
+# ---------------------------------------------------------------- tables
+
+Rows = list[list[str]]
+
+
+def time_rows(scenario: dict[str, Any]) -> tuple[list[str], Rows]:
+    """Head and rows of one scenario's table."""
+    head = ["contender", "ms", "quartiles", f"x {scenario['baseline']}", "quartiles", "rounds"]
+    rows = []
+    contenders = scenario["contenders"]
+    floor = contenders.get("floor")
+    if floor:
+        head.insert(5, "x floor")
+    for name, figures in contenders.items():
+        low, high = figures["quartiles"]
+        ratio_low, ratio_high = figures["ratio_quartiles"]
+        row = [name, f"{figures['median'] * 1e3:.1f}", f"{low * 1e3:.1f} - {high * 1e3:.1f}"]
+        row += [f"{figures['ratio']:.2f}", f"{ratio_low:.2f} - {ratio_high:.2f}", str(len(figures["seconds"]))]
+        if floor:
+            row.insert(5, f"{ratios(figures['seconds'], floor['seconds']).median:.2f}")
+        rows.append(row)
+    return head, rows
+
+
+def memory_rows(memory: dict[str, dict[str, int]]) -> tuple[list[str], Rows]:
+    head = ["training step", "peak MB", "of it before the first step"]
+    return head, [[n, f"{m['peak'] / 1e6:.0f}", f"{m['before'] / 1e6:.0f}"] for n, m in memory.items()]
+
+
+def bound_rows(bounds: Sequence[dict[str, Any]]) -> tuple[list[str], Rows]:
+    head = ["scenario", "ratio", "required", "measured", "quartiles", "holds"]
+    return head, [
+        [
+            b["scenario"],
+            b["ratio"],
+            b["bound"],
+            f"{b['measured']:.2f}",
+            f"{b['quartiles'][0]:.2f} - {b['quartiles'][1]:.2f}",
+            "yes" if b["holds"] else "NO",
+        ]
+        for b in bounds
+    ]
+
+
+def tables(report: dict[str, Any]) -> Iterator[tuple[str, list[str], Rows]]:
+    """Title, head and rows of every table of a report."""
+    for name, scenario in report["scenarios"].items():
+        yield f"{name} ({scenario['what']})", *time_rows(scenario)
+    if report.get("memory"):
+        yield "peak memory", *memory_rows(report["memory"])
+    if report["bounds"]:
+        yield "required", *bound_rows(report["bounds"])
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    for title, head, rows in tables(report):
+        table = Table(title=title, title_justify="left")
+        for i, column in enumerate(head):
+            table.add_column(column, justify="left" if i == 0 else "right")
+        for row in rows:
+            table.add_row(*row, style="red" if row[-1] == "NO" else None)
+        console.print(table)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The same tables, to be committed next to the JSON."""
+    parts = [f"{key}: {value}" for key, value in report["environment"].items()]
+    text = ["# Speed", "", "; ".join(parts), ""]
+    for title, head, rows in tables(report):
+        text += [f"## {title}", "", _line(head), _line(["---"] + ["--:"] * (len(head) - 1))]
+        text += [*map(_line, rows), ""]
+    return "\n".join(text)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

@@ -1,0 +1,150 @@
+"""The base model's training rows: generated tasks, copying of made-up names, denoising of plain text, and SNLI."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from settings import HELD_OUT, SKILLS
+
+from loraweave.zoo import tasks
+
+ROWS_PER_TASK = 2600
+COPY_ROWS = 24_000
+SLOT_ROWS = 40_000
+NOISE_COPIES = 2
+SENTINELS = 20
+_SYLLABLES = [c + v for c in ("b", "k", "d", "f", "g", "l", "m", "n", "p", "r", "s", "t", "v", "z", "th") for v in "aeiou"]
+
+Row = tuple[str, str, str]
+"""Group (for the log), input, target."""
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a jsonl file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def base_tasks() -> list[str]:
+    """Generated tasks that are neither skills nor held out."""
+    return [name for name in tasks.names() if name not in SKILLS and name not in HELD_OUT]
+
+
+def draw(name: str, n: int, seed: int, split: tasks.Split) -> list[dict[str, str]]:
+    """``n`` rows of a generated task; a small task gives what it has, by halving until it suffices."""
+    while True:
+        try:
+            return tasks.get(name).sample(n, seed, split)
+        except ValueError:
+            n //= 2
+
+
+def task_rows(n: int, seed: int, split: tasks.Split) -> list[Row]:
+    """Rows of every base task; small tasks are repeated up to four times."""
+    rows: list[Row] = []
+    for name in base_tasks():
+        found = [(tasks.get(name).family, row["input"], row["target"]) for row in draw(name, n, seed, split)]
+        rows += (found * 4)[: max(n, len(found))] if split == "train" else found
+    return rows
+
+
+def made_name(rng: random.Random) -> str:
+    """One to three made words, at times capitalised or with a number, e.g. ``zabo thir 36``."""
+    words = ["".join(rng.choices(_SYLLABLES, k=rng.randint(1, 3))) for _ in range(rng.randint(1, 3))]
+    if rng.random() < 0.3:
+        words.append(str(rng.randint(0, 999)))
+    name = " ".join(words)
+    return name.title() if rng.random() < 0.3 else name
+
+
+def slot_row(rng: random.Random) -> Row:
+    """A made record in one of two notations; asked for one field or for all, so that copying is learnt by position."""
+    size = rng.randint(1, 4)
+    keys = rng.sample(_SYLLABLES, size)
+    keys = [key + rng.choice(_SYLLABLES) for key in keys]
+    values = [made_name(rng) for _ in keys]
+    if rng.random() < 0.5:
+        record = ", ".join(f"{key}[{value}]" for key, value in zip(keys, values, strict=True))
+    else:
+        quote = "'" if rng.random() < 0.5 else ""
+        inner = ";".join(f"{key}={quote}{value}{quote}" for key, value in zip(keys, values, strict=True))
+        record = f"{rng.choice(_SYLLABLES)}({inner})"
+    if rng.random() < 0.5:
+        at = rng.randrange(size)
+        return "slots", f"slot {keys[at]}: {record}", values[at]
+    return "slots", f"say slots: {record}", " , ".join(f"{k} is {v}" for k, v in zip(keys, values, strict=True))
+
+
+def copy_row(rng: random.Random, vocabulary: list[str]) -> Row:
+    """A few random tokens of the vocabulary to copy, so that every embedding is trained both ways."""
+    text = "".join(rng.choices(vocabulary, k=rng.randint(3, 12))).strip()
+    return "copy", f"copy: {text}", text
+
+
+def noise_row(rng: random.Random, text: str) -> Row:
+    """Span corruption: about a quarter of the words hidden in spans of one to three."""
+    words = text.split()[:28]
+    source: list[str] = []
+    target: list[str] = []
+    at = mark = 0
+    while at < len(words):
+        if mark < SENTINELS and rng.random() < 0.15:
+            span = rng.randint(1, 3)
+            source.append(f"<extra_id_{mark}>")
+            target += [f"<extra_id_{mark}>", *words[at : at + span]]
+            mark, at = mark + 1, at + span
+        else:
+            source.append(words[at])
+            at += 1
+    if not mark:
+        source[-1:], target = ["<extra_id_0>"], ["<extra_id_0>", words[-1]]
+    return "denoise", " ".join(source), " ".join(target)
+
+
+def plain_text(data: Path) -> list[str]:
+    """CommonGen's training sentences (MIT) and wonderland (public domain): all that may train shipped weights."""
+    lines: list[str] = []
+    for name in ("commongen_train_sentences.txt.gz", "wonderland.txt.gz"):
+        with gzip.open(data / "pretrain_text" / name, "rt", encoding="utf-8") as file:
+            lines += [line.strip() for line in file if len(line.split()) >= 4]
+    return lines
+
+
+def tokenizer_text(data: Path) -> Iterator[str]:
+    """Text the tokenizer is trained on: the mix, and the training inputs and targets of the LoRAs' sets."""
+    for name in tasks.names():
+        for row in draw(name, 150, 0, "train"):
+            yield row["input"]
+            yield row["target"]
+    yield from plain_text(data)
+    for name in ("snli", "e2e", "rnnlg/restaurant", "rnnlg/hotel", "rnnlg/tv"):
+        for row in read_jsonl(data / name / "train.jsonl")[:6000]:
+            yield row["input"]
+            yield row["target"]
+    for row in read_jsonl(data / "hans_regen" / "train.jsonl")[:3000]:
+        yield row["input"]
+
+
+def train_rows(data: Path, seed: int, vocabulary: list[str]) -> list[Row]:
+    """All training rows, shuffled."""
+    rng = random.Random(f"mix|{seed}")
+    rows = task_rows(ROWS_PER_TASK, seed, "train")
+    rows += [slot_row(rng) for _ in range(SLOT_ROWS)]
+    rows += [copy_row(rng, vocabulary) for _ in range(COPY_ROWS)]
+    rows += [noise_row(rng, line) for _ in range(NOISE_COPIES) for line in plain_text(data)]
+    rows += 2 * [("snli", row["input"], row["target"]) for row in read_jsonl(data / "snli" / "train.jsonl")]
+    rng.shuffle(rows)
+    return rows
+
+
+def validation_rows(data: Path, seed: int, vocabulary: list[str]) -> list[Row]:
+    """A few held-out rows of every group."""
+    rng = random.Random(f"mix-validation|{seed}")
+    rows = task_rows(6, seed, "validation")
+    rows += [slot_row(rng) for _ in range(60)] + [copy_row(rng, vocabulary) for _ in range(60)]
+    rows += [("snli", row["input"], row["target"]) for row in read_jsonl(data / "snli" / "validation.jsonl")[:60]]
+    return rows

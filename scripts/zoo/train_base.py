@@ -1,0 +1,234 @@
+"""Trains the tokenizer and the base model of the bundled zoo, from nothing.
+
+    python scripts/zoo/train_base.py --data ../shared/data --minutes 40 --work out/zoo-base
+
+Runs for a number of minutes (the cosine follows the clock), writes a checkpoint every few of them under ``--work``, and
+goes on from the last one when started again. The finished model is rounded to fp16 and put into the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from mix import SENTINELS, Row, tokenizer_text, train_rows, validation_rows
+from settings import BASE_DIR
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the base besides its data."""
+
+    vocab_size: int = 4096
+    d_model: int = 192
+    d_kv: int = 32
+    num_heads: int = 6
+    d_ff: int = 512
+    num_layers: int = 4
+    num_decoder_layers: int = 3
+    learning_rate: float = 1.5e-3
+    embedding_rate: float = 6e-3  # embeddings start at std 1, so their steps must be larger
+    warmup_steps: int = 200
+    batch_tokens: int = 2400  # padded source and target tokens of a batch
+    seed: int = 0
+    bf16: bool = True
+    checkpoint_minutes: float = 4.0
+    log_steps: int = 100
+
+
+def make_tokenizer(data: Path, settings: Settings) -> PreTrainedTokenizerFast:
+    """A byte-level BPE in which every digit is its own token."""
+    specials = ["<pad>", "</s>", "<unk>", *(f"<extra_id_{i}>" for i in range(SENTINELS))]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    digits, pieces = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pieces])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings.vocab_size,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(tokenizer_text(data), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens=specials[3:],
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_model(settings: Settings) -> T5ForConditionalGeneration:
+    """A fresh T5 with gated GELU and tied embeddings."""
+    torch.manual_seed(settings.seed)
+    shape = {k: v for k, v in asdict(settings).items() if k.startswith(("vocab", "d_", "num_"))}
+    config = T5Config(
+        **shape,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+    )
+    return T5ForConditionalGeneration(config)
+
+
+Encoded = list[tuple[str, list[int], list[int]]]
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> Encoded:
+    """Group, source ids and target ids of every row."""
+    sources = tokenizer([row[1] for row in rows])["input_ids"]
+    targets = tokenizer([row[2] for row in rows])["input_ids"]
+    return [(row[0], s[:96], t[:64]) for row, s, t in zip(rows, sources, targets, strict=True)]
+
+
+def batches(rows: Encoded, tokens: int, rng: random.Random) -> Iterator[Encoded]:
+    """Batches of rows of about one length, endless, in random order."""
+    while True:
+        order = rng.sample(range(len(rows)), len(rows))
+        for start in range(0, len(order), 8192):
+            chunk = sorted(order[start : start + 8192], key=lambda i: (len(rows[i][1]), len(rows[i][2])))
+            made: list[Encoded] = [[]]
+            longest = [0, 0]
+            for i in chunk:
+                longest = [max(longest[0], len(rows[i][1])), max(longest[1], len(rows[i][2]))]
+                if made[-1] and sum(longest) * (len(made[-1]) + 1) > tokens:
+                    made.append([])
+                    longest = [len(rows[i][1]), len(rows[i][2])]
+                made[-1].append(rows[i])
+            rng.shuffle(made)
+            yield from made
+
+
+def tensors(batch: Encoded) -> dict[str, torch.Tensor]:
+    """Padded ``input_ids``, ``attention_mask`` and ``labels`` (-100 at padding), each (rows, length)."""
+    wide, long = max(len(row[1]) for row in batch), max(len(row[2]) for row in batch)
+    ids = torch.tensor([row[1] + [0] * (wide - len(row[1])) for row in batch])
+    labels = torch.tensor([row[2] + [-100] * (long - len(row[2])) for row in batch])
+    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}
+
+
+@torch.no_grad()
+def validate(model: T5ForConditionalGeneration, rows: Encoded) -> dict[str, tuple[float, float]]:
+    """Loss a token, and share of rows whose every token is right under teacher forcing, for every group."""
+    model.eval()
+    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for start in range(0, len(rows), 128):
+        batch = rows[start : start + 128]
+        inputs = tensors(batch)
+        logits = model(**inputs).logits.float()
+        labels = inputs["labels"]
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        right = ((logits.argmax(-1) == labels) | (labels < 0)).all(1)
+        for row, loss, ok in zip(batch, losses.sum(1) / (labels >= 0).sum(1), right, strict=True):
+            found[row[0]].append((loss.item(), float(ok)))
+    model.train()
+    return {k: (sum(a for a, _ in v) / len(v), sum(b for _, b in v) / len(v)) for k, v in sorted(found.items())}
+
+
+def export(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Saves the weights as fp16, and the tokenizer."""
+    copy = T5ForConditionalGeneration(model.config)
+    copy.load_state_dict(model.state_dict())
+    copy.half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def main() -> None:
+    """Trains until the clock says so."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the real data sets")
+    parser.add_argument("--work", type=Path, default=Path("out/zoo-base"), help="folder of checkpoints and the log")
+    parser.add_argument("--out", type=Path, default=BASE_DIR, help="folder of the finished model")
+    parser.add_argument("--minutes", type=float, default=40.0, help="training time in all, over restarts")
+    args = parser.parse_args()
+    settings = Settings()
+    args.work.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(2)
+
+    tokenizer_path = args.work / "tokenizer"
+    if not tokenizer_path.exists():
+        make_tokenizer(args.data, settings).save_pretrained(tokenizer_path)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_path)
+    vocabulary = [tokenizer.decode([i]) for i in range(3 + SENTINELS, len(tokenizer))]
+    vocabulary = [piece for piece in vocabulary if "\ufffd" not in piece]
+    rows = encode(tokenizer, train_rows(args.data, settings.seed, vocabulary))
+    held_out = encode(tokenizer, validation_rows(args.data, settings.seed, vocabulary))
+    mean = sum(len(s) + len(t) for _, s, t in rows) / len(rows)
+    print(f"{len(rows)} rows of {mean:.1f} tokens, {len(tokenizer)} pieces", flush=True)
+
+    model = make_model(settings).train()
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
+    embedding = [model.shared.weight]
+    rest = [p for p in model.parameters() if p is not model.shared.weight]
+    groups = [
+        {"params": rest, "peak": settings.learning_rate, "lr": 0.0},
+        {"params": embedding, "peak": settings.embedding_rate, "lr": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01)
+    step, spent = 0, 0.0
+    state_path = args.work / "state.pt"
+    if state_path.exists():
+        state = torch.load(state_path, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, spent = state["step"], state["spent"]
+    stream = batches(rows, settings.batch_tokens, random.Random(f"batches|{settings.seed}|{step}"))
+    budget, began, saved = args.minutes * 60, time.time() - spent, spent
+    total, tokens, shown = 0.0, 0, 0
+    bar = tqdm(total=int(budget), initial=int(spent), unit="s", mininterval=10)
+    while spent < budget:
+        inputs = tensors(next(stream))
+        fraction = spent / budget
+        scale = min(1.0, (step + 1) / settings.warmup_steps) * max(0.02, 0.5 * (1 + math.cos(math.pi * fraction)))
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * scale
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
+            loss = model(**inputs).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step, spent = step + 1, time.time() - began
+        total, shown = total + loss.item(), shown + 1
+        tokens += inputs["input_ids"].numel() + inputs["labels"].numel()
+        if step % settings.log_steps == 0:
+            rate = shown * settings.batch_tokens
+            tqdm.write(f"step {step} {spent:.0f} s loss {total / shown:.3f} ({tokens / spent:.0f} tokens/s, {rate})")
+            total, shown = 0.0, 0
+        bar.update(int(spent) - bar.n)
+        if spent - saved > settings.checkpoint_minutes * 60 or spent >= budget:
+            saved = spent
+            checks = validate(model, held_out)
+            tqdm.write(" ".join(f"{k} {a:.2f}/{b:.2f}" for k, (a, b) in checks.items()))
+            with (args.work / "log.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, "seconds": round(spent), "validation": checks}) + "\n")
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "spent": spent}
+            torch.save(state, state_path.with_suffix(".tmp"))
+            state_path.with_suffix(".tmp").replace(state_path)
+            export(model, tokenizer, args.work / "latest")
+    export(model, tokenizer, args.out)
+    print(f"done: {step} steps in {spent:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

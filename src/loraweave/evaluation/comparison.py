@@ -1,0 +1,180 @@
+"""The numbers behind a comparison of methods: retention, means and spreads over seeds, and intervals."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from loraweave.errors import LoraweaveError
+from loraweave.evaluation.environment import environment, peak_gpu_memory_gb, peak_memory_gb
+
+SINGLE = "only:"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method, run with one seed, scored on every task.
+
+    Attributes:
+        method: its name in tables: ``"base"``, ``"sum"``, ``"mole"``, or :func:`single` for an expert by itself.
+        scores: task -> score, 0 to 100.
+        seed: what the run's chance hung on; None for a method without any, which is run once.
+        seconds: wall-clock time of training (if any) and scoring.
+    """
+
+    method: str
+    scores: Mapping[str, float]
+    seed: int | None = None
+    seconds: float = 0.0
+
+
+def single(expert: str) -> str:
+    """How the method "this expert by itself on every task" is called; tables show such rows apart."""
+    return f"{SINGLE}{expert}"
+
+
+def retention(scores: Mapping[str, float], own: Mapping[str, float]) -> float:
+    """How much of each expert's skill is kept: ``mean over tasks of scores[task] / own[task]``. 1 is all of it.
+
+    Args:
+        scores: task -> a method's score; may have further tasks, which do not count.
+        own: task -> the score of that task's own expert by itself. Its tasks are those that count.
+
+    Raises:
+        LoraweaveError: no tasks, a task without a score, or an own score that is not a positive number.
+    """
+    if not own:
+        raise LoraweaveError("retention: no task has an expert's own score to compare with")
+    for task, reference in own.items():
+        if not (math.isfinite(reference) and reference > 0):
+            raise LoraweaveError(
+                f"retention: the own expert of {task!r} scores {reference:g}, so nothing can be compared with it; "
+                "expected a score above 0: leave that task out or take a better expert"
+            )
+    _check_tasks("retention", scores, own)
+    return statistics.fmean(scores[task] / reference for task, reference in own.items())
+
+
+def summarise(
+    runs: Sequence[Run],
+    own: Mapping[str, float],
+    *,
+    seconds: float | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The content of ``results.json``.
+
+    Keys: ``retention`` (method -> spread), ``scores`` (method -> task -> spread), ``own`` (task -> its own expert's
+    score), ``seeds``, ``seconds`` (all in all), ``seconds_per_run`` (method -> spread), ``peak_memory_gb``,
+    ``peak_gpu_memory_gb`` (None without a GPU), ``versions``, ``machine``. A spread is ``mean``, ``std`` (the sample
+    standard deviation over seeds, divisor n - 1) and ``per_seed`` (the values in the order of ``seeds``). A method that
+    ran once, because nothing in it hangs on a seed, has one value and ``std`` 0.0. Methods and tasks keep the order in
+    which they came. All scores are percentages; retention is a ratio, 1.0 means that everything was kept.
+
+    Args:
+        runs: every method with every seed; methods without chance once, with ``seed=None``.
+        own: task -> score of its own expert by itself, the yardstick of retention.
+        seconds: wall-clock time of the whole comparison; default: the sum over the runs.
+        extra: further keys, e.g. ``{"metrics": {...}}``.
+
+    Raises:
+        LoraweaveError: no runs, a run missing or twice, methods with unequal seeds or tasks, or as :func:`retention`.
+    """
+    if not runs:
+        raise LoraweaveError("nothing to summarise: expected at least one run")
+    methods = _by_method(runs)
+    seeds = sorted({run.seed for run in runs if run.seed is not None})
+    tasks = list(runs[0].scores)
+    for name, of_method in methods.items():
+        _check_seeds(name, [run.seed for run in of_method], seeds)
+        for run in of_method:
+            _check_tasks(f"method {name!r}", run.scores, tasks)
+            _check_tasks("the first run", runs[0].scores, run.scores)
+    results = {
+        "retention": {m: spread(retention(run.scores, own) for run in rs) for m, rs in methods.items()},
+        "scores": {m: {task: spread(run.scores[task] for run in rs) for task in tasks} for m, rs in methods.items()},
+        "own": dict(own),
+        "seeds": seeds,
+        "seconds": sum(run.seconds for run in runs) if seconds is None else seconds,
+        "seconds_per_run": {m: spread(run.seconds for run in rs) for m, rs in methods.items()},
+        "peak_memory_gb": peak_memory_gb(),
+        "peak_gpu_memory_gb": peak_gpu_memory_gb(),
+        **environment(),
+    }
+    clash = sorted(results.keys() & (extra or {}).keys())
+    if clash:
+        raise LoraweaveError(f"extra results must not be called {clash[0]!r}: the summary has that key")
+    return {**results, **(extra or {})}
+
+
+def spread(values: Iterable[float]) -> dict[str, Any]:
+    """``{"mean", "std", "per_seed"}`` of at least one value; ``std`` has the divisor n - 1 and is 0.0 for one value."""
+    listed = [float(value) for value in values]
+    deviation = statistics.stdev(listed) if len(listed) > 1 else 0.0
+    return {"mean": statistics.fmean(listed), "std": deviation, "per_seed": listed}
+
+
+def paired_bootstrap(
+    a: Sequence[float], b: Sequence[float], *, resamples: int = 10_000, confidence: float = 0.95, seed: int = 0
+) -> tuple[float, float, float]:
+    """How much better ``a`` is than ``b`` on the same items: ``(difference of means, low, high)``.
+
+    The bounds are the percentile interval over ``resamples`` draws of items with replacement (Efron; for NLP see Koehn
+    2004). An interval without 0 means that other items of this kind would hardly turn the order round; it says nothing
+    about other seeds.
+
+    Args:
+        a: scores of each item under one method.
+        b: scores of the same items, in the same order, under the other.
+        resamples: number of draws.
+        confidence: share of draws inside the bounds.
+        seed: of the draws.
+
+    Raises:
+        LoraweaveError: no items, unequal numbers of them, or a parameter out of range.
+    """
+    if len(a) != len(b) or not len(a):
+        raise LoraweaveError(f"paired bootstrap: expected as many scores on both sides, got {len(a)} and {len(b)}")
+    if resamples < 1 or not 0 < confidence < 1:
+        raise LoraweaveError(
+            f"paired bootstrap: expected resamples >= 1 and 0 < confidence < 1, got {resamples} and {confidence:g}"
+        )
+    differences = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+    generator = np.random.default_rng(seed)
+    n = len(differences)
+    at_once = max(1, 1_000_000 // n)
+    means = np.concatenate(
+        [
+            differences[generator.integers(n, size=(min(at_once, resamples - done), n))].mean(axis=1)
+            for done in range(0, resamples, at_once)
+        ]
+    )
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(differences.mean()), float(low), float(high)
+
+
+def _by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Method -> its runs, by seed."""
+    methods: dict[str, list[Run]] = {}
+    for run in runs:
+        methods.setdefault(run.method, []).append(run)
+    return {name: sorted(rs, key=lambda run: -1 if run.seed is None else run.seed) for name, rs in methods.items()}
+
+
+def _check_seeds(method: str, came: Sequence[int | None], seeds: Sequence[int]) -> None:
+    if list(came) not in ([None], list(seeds)):
+        raise LoraweaveError(
+            f"method {method!r} has runs with the seeds {list(came)}; expected each of {list(seeds)} once, "
+            "or a single run with the seed None"
+        )
+
+
+def _check_tasks(what: str, scores: Mapping[str, float], tasks: Iterable[str]) -> None:
+    missing = [task for task in tasks if task not in scores]
+    if missing:
+        raise LoraweaveError(f"{what}: no score for the task {missing[0]!r} (has: {', '.join(scores) or 'none'})")

@@ -1,0 +1,1 @@
+"""From LoRA files to experts and banks."""

@@ -1,0 +1,108 @@
+"""The bank: all experts of one module stacked, so that N experts cost two matrix products and not 2N."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from loraweave.experts.types import LoraFactors
+
+
+class Layout:
+    """Which rank rows of a bank belong to which expert.
+
+    Attributes:
+        ranks: rank of each expert, 0 where an expert does not touch the module.
+        scales: scale ``s_i`` of each expert.
+        offsets: first row of each expert, with the total number of rows ``R`` appended.
+    """
+
+    def __init__(self, ranks: tuple[int, ...], scales: tuple[float, ...]) -> None:
+        self.ranks = ranks
+        self.scales = scales
+        offsets = [0]
+        for rank in ranks:
+            offsets.append(offsets[-1] + rank)
+        self.offsets = tuple(offsets)
+        self.rows = offsets[-1]
+        self._on_device: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def spread(self, like: Tensor) -> Tensor:
+        """``[E, R]``: multiplies mixing weights ``[..., E]`` into rank-row weights ``[..., R]``, scales included."""
+        return self._tensors(like)[0]
+
+    def padded_rows(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """``[E, r_max]`` row numbers of each expert and their scales; padding points at row 0 with scale 0."""
+        return self._tensors(like)[1:]
+
+    def _tensors(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        key = (like.device, like.dtype)
+        if key not in self._on_device:
+            widest = max(self.ranks)
+            spread = torch.zeros(len(self.ranks), self.rows)
+            index = torch.zeros(len(self.ranks), widest, dtype=torch.long)
+            scale = torch.zeros(len(self.ranks), widest)
+            for i, (rank, s, start) in enumerate(zip(self.ranks, self.scales, self.offsets, strict=False)):
+                spread[i, start : start + rank] = s
+                index[i, :rank] = torch.arange(start, start + rank)
+                scale[i, :rank] = s
+            self._on_device[key] = (spread.to(like), index.to(like.device), scale.to(like))
+        return self._on_device[key]
+
+
+@lru_cache(maxsize=4096)
+def layout(ranks: tuple[int, ...], scales: tuple[float, ...]) -> Layout:
+    """One shared :class:`Layout` per arrangement, so that modules can recognise that theirs is the same."""
+    return Layout(ranks, scales)
+
+
+class Bank(nn.Module):
+    """The experts of one module, stacked in the mixture's order.
+
+    Attributes:
+        A: ``[R, in]``, every expert's ``A_i`` below one another (``R`` = sum of ranks).
+        Bt: ``[R, out]``, every expert's ``B_i`` transposed, so that one expert is a contiguous slice of rows.
+        layout: which rows belong to which expert, and the scales.
+        embedding: whether ``A`` is looked up by token number rather than multiplied.
+    """
+
+    A: Tensor
+    Bt: Tensor
+
+    def __init__(self, A: Tensor, Bt: Tensor, rows: Layout, embedding: bool = False) -> None:
+        super().__init__()
+        self.register_buffer("A", A, persistent=False)
+        self.register_buffer("Bt", Bt, persistent=False)
+        self.layout = rows
+        self.embedding = embedding
+
+    @classmethod
+    def stack(cls, factors: Sequence[LoraFactors | None], dtype: torch.dtype, device: torch.device) -> Bank:
+        """Stack one module's factors, one entry per expert of the mixture (``None``: does not touch this module)."""
+        present = [f for f in factors if f is not None]
+        ranks = tuple(0 if f is None else f.rank for f in factors)
+        scales = tuple(0.0 if f is None else float(f.scale) for f in factors)
+        A = torch.empty(sum(ranks), present[0].A.shape[1], dtype=dtype, device=device)
+        Bt = torch.empty(sum(ranks), present[0].B.shape[0], dtype=dtype, device=device)
+        start = 0
+        for f in present:
+            A[start : start + f.rank].copy_(f.A)
+            Bt[start : start + f.rank].copy_(f.B.T)
+            start += f.rank
+        return cls(A, Bt, layout(ranks, scales), present[0].embedding)
+
+    def factors(self, expert: int) -> LoraFactors | None:
+        """Expert number ``expert`` as it was stacked (views, no copy), or ``None`` if it does not touch this module."""
+        start, rank = self.layout.offsets[expert], self.layout.ranks[expert]
+        if rank == 0:
+            return None
+        rows = slice(start, start + rank)
+        return LoraFactors(self.A[rows], self.Bt[rows].T, self.layout.scales[expert], self.embedding)
+
+    def delta(self, weights: Tensor) -> Tensor:
+        """``[out, in]``: the dense update ``sum_i g_i s_i B_i A_i`` for constant mixing weights ``[E]``."""
+        rows = (weights.double() @ self.layout.spread(self.A).double()).unsqueeze(1)
+        return self.Bt.double().T @ (rows * self.A.double())

@@ -1,0 +1,56 @@
+"""What a user may give for an expert: a folder, a hub id, a bundled one, or an expert already read."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from loraweave.errors import LoraweaveError, unknown
+from loraweave.experts.types import Expert
+
+# Names become folder names, keys in files and column heads.
+_NAME = re.compile(r"[\w][\w .+-]*")
+
+
+def resolve_experts(experts: Mapping[str, str | Path | Expert] | Sequence[str | Path | Expert]) -> list[Expert]:
+    """Read all experts, in order.
+
+    Raises:
+        LoraweaveError: none given, a name that is taken or unusable, or a source that cannot be read.
+    """
+    if isinstance(experts, str | Path | Expert):
+        raise LoraweaveError("experts: expected a mapping of names to sources, or a list of sources, got a single one")
+    named = dict(experts) if isinstance(experts, Mapping) else _by_folder(experts)
+    if not named:
+        raise LoraweaveError("experts: expected at least one, got none")
+    return [resolve_expert(source, name) for name, source in named.items()]
+
+
+def resolve_expert(source: str | Path | Expert, name: str) -> Expert:
+    """Read one expert under ``name``; ``zoo:NAME`` is a bundled one."""
+    if not _NAME.fullmatch(name):
+        raise LoraweaveError(f"expert name {name!r}: use letters, digits, '_', '-', '.', '+' and spaces")
+    if isinstance(source, Expert):
+        return dataclasses.replace(source, name=name)
+    from loraweave.experts.reader import read_expert
+
+    if isinstance(source, str) and source.startswith("zoo:"):
+        from loraweave import zoo
+
+        bundled = zoo.experts()
+        if source[4:] not in bundled:
+            raise unknown("bundled expert", source[4:], bundled)
+        return dataclasses.replace(read_expert(bundled[source[4:]], name), source=source)
+    return read_expert(source, name)
+
+
+def _by_folder(sources: Sequence[str | Path | Expert]) -> dict[str, str | Path | Expert]:
+    named: dict[str, str | Path | Expert] = {}
+    for source in sources:
+        name = source.name if isinstance(source, Expert) else str(source).rstrip("/").split("/")[-1].split(":")[-1]
+        if name in named:
+            raise LoraweaveError(f"two experts would be called {name!r}; give names: {{'a': {source!r}, ...}}")
+        named[name] = source
+    return named

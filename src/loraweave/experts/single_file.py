@@ -1,0 +1,91 @@
+"""A lone ``.safetensors`` file: whose names its tensors have, and what they tell without a configuration."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from loraweave.experts.config import CONFIG_NAME
+from loraweave.experts.report import ExpertReport, counted, shortened
+from loraweave.experts.weightfile import Header, hash_files, open_tensors, read_header
+
+_CONVENTIONS = (
+    ("lycoris", re.compile(r"\.(hada_w|lokr_w|oft_|glora|diff$|lora_mid)")),
+    ("kohya", re.compile(r"\.lora_(down|up)\.weight$")),
+    ("diffusers", re.compile(r"^(unet|transformer|text_encoder(_\d)?|diffusion_model)\.|lora\.(down|up)\.weight$")),
+    ("diffusers", re.compile(r"lora_linear_layer|\.processor\.")),
+    ("peft", re.compile(r"\.lora_(embedding_)?[AB](\.|$)")),
+)
+"""Tried in this order: a kohya file for a Flux model may also have names that begin with ``transformer``."""
+_DOWN = re.compile(r"(?P<module>.+?)[._](lora_down|lora_A|lora\.down|lora_linear_layer\.down|down)(\.[^.]+)?\.weight$")
+_UP = re.compile(r"(?P<module>.+?)[._](lora_up|lora_B|lora\.up|lora_linear_layer\.up|up)(\.[^.]+)?\.weight$")
+_BASE_FIELDS = ("modelspec.architecture", "ss_base_model_version", "ss_sd_model_name", "base_model")
+
+
+def inspect_file(source: str, path: Path) -> ExpertReport:
+    """Report on a weight file that has no PEFT configuration beside it.
+
+    Raises:
+        LoraweaveError: it is missing, damaged or pickled.
+    """
+    header = read_header(path)
+    kind = convention(header.tensors)
+    down = {match["module"]: key for key in header.tensors if (match := _DOWN.match(key))}
+    up = {match["module"]: key for key in header.tensors if (match := _UP.match(key))}
+    ranks = {
+        module: shape[0] for module, key in down.items() if len(shape := header.tensors[key].shape) >= 2 and shape[0]
+    }
+    alphas = _alphas(header)
+    report = ExpertReport(
+        source=source,
+        format=kind,
+        base=next((header.metadata[name] for name in _BASE_FIELDS if header.metadata.get(name)), None),
+        ranks=counted(ranks.values()),
+        alphas=counted(alphas.values()),
+        scales=counted(alphas.get(module, rank) / rank for module, rank in ranks.items()) if kind == "kohya" else {},
+        targets=counted(_leaf(module) for module in down),
+        modules=len(down),
+        parameters=sum(header.tensors[key].count for key in [*down.values(), *up.values()]),
+        dtypes=counted(info.dtype for info in header.tensors.values()),
+        size=header.size,
+        sha256=hash_files([path]),
+        metadata=shortened(header.metadata),
+    )
+    report.reason = {
+        "peft": f"{path}: has no {CONFIG_NAME} beside it, so its alpha is unknown; put both files in one folder",
+        "unknown": f"{path}: holds no LoRA that is known here",
+    }.get(kind, f"{path}: is an image LoRA ({kind} names); only PEFT folders can be mixed so far")
+    if any("lora_magnitude_vector" in key or "dora_scale" in key for key in header.tensors):
+        report.odd.append("DoRA: cannot be mixed")
+    if any(len(info.shape) == 4 for info in header.tensors.values()):
+        report.odd.append("has LoRAs on convolutions")
+    if down.keys() != up.keys():
+        report.odd.append(f"{len(down.keys() ^ up.keys())} modules have only one of their two factors")
+    if len(report.ranks) > 1:
+        report.odd.append("rank differs between modules")
+    if len(report.dtypes) > 1:
+        report.odd.append(f"mixed dtypes: {', '.join(report.dtypes)}")
+    return report
+
+
+def convention(names: Iterable[str]) -> str:
+    """Whose names a file's tensors have: ``"kohya"``, ``"diffusers"``, ``"lycoris"``, ``"peft"`` or ``"unknown"``."""
+    names = list(names)
+    return next((kind for kind, pattern in _CONVENTIONS if any(pattern.search(name) for name in names)), "unknown")
+
+
+def _alphas(header: Header) -> dict[str, float]:
+    """The scalar ``.alpha`` of each module, where the file has any."""
+    keys = [key for key, info in header.tensors.items() if key.endswith(".alpha") and info.count == 1]
+    with open_tensors(header) as get:
+        return {key.removesuffix(".alpha"): float(get(key).item()) for key in keys}
+
+
+def _leaf(module: str) -> str:
+    """``lora_unet_..._attn1_to_q`` and ``....attn1.to_q`` both end in ``to_q``."""
+    name = module.rpartition(".")[2]
+    match = re.search(
+        r"_(to_(?:q|k|v|out)(?:_0)?|[qkv]_proj|out_proj|fc[12]|proj_(?:in|out)|conv\d?|ff_net_\d(?:_proj)?)$", name
+    )
+    return match[1] if match else name

@@ -1,0 +1,147 @@
+"""Attaching: mixing layers take the places of target modules, and give them back exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from loraweave.errors import LoraweaveError
+from loraweave.experts.bank import Bank
+from loraweave.experts.types import Expert, LoraFactors
+from loraweave.mixing.layer import MixingEmbedding, MixingLayer
+
+
+@dataclass
+class Attachment:
+    """The mixing layers in a model, and how to take them out again."""
+
+    layers: dict[str, MixingLayer]
+    replaced: list[tuple[nn.Module, str, nn.Module]]
+    frozen: list[nn.Parameter]
+
+    def detach(self) -> None:
+        for parent, name, original in self.replaced:
+            parent._modules[name] = original
+        for parameter in self.frozen:
+            parameter.requires_grad_(True)
+
+
+def attach_layers(model: nn.Module, experts: Sequence[Expert]) -> Attachment:
+    """Replace every module that an expert touches by a mixing layer, and freeze the model.
+
+    Nothing is changed unless everything fits.
+
+    Raises:
+        LoraweaveError: a mixture or peft adapter is attached already, an expert's module does not exist, or a shape
+            does not fit.
+    """
+    _refuse_attached(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    by_path: dict[str, list[LoraFactors | None]] = {}
+    for number, expert in enumerate(experts):
+        _refuse_stranger(expert, model, modules)
+        for path, factors in expert.factors.items():
+            _check_shape(expert, path, modules[path], factors)
+            by_path.setdefault(path, [None] * len(experts))[number] = factors
+    order = {path: n for n, path in enumerate(modules)}
+    paths = sorted(by_path, key=order.__getitem__)
+    twice = _shared(paths, modules)
+    if twice:
+        raise LoraweaveError(f"{twice[0]!r} and {twice[1]!r} are one module; the experts must name it alike")
+    layers = {path: _mixing_layer(modules[path], by_path[path], path, model) for path in paths}
+    replaced = _replace(model, {id(layer.base): layer for layer in layers.values()})
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    return Attachment(layers, replaced, frozen)
+
+
+def features(module: nn.Module) -> tuple[int, int] | None:
+    """``(in, out)`` of a module that a LoRA can extend; ``None`` if it is of another kind."""
+    for names in (("in_features", "out_features"), ("num_embeddings", "embedding_dim"), ("nx", "nf")):
+        width = tuple(getattr(module, name, None) for name in names)
+        if all(isinstance(w, int) for w in width):
+            return width  # type: ignore[return-value]
+    return None
+
+
+def _refuse_attached(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, MixingLayer):
+            raise LoraweaveError(
+                f"a mixture is attached to this model already (at {name!r}); call its detach() first, or set its policy"
+            )
+        if type(module).__module__.startswith("peft."):
+            raise LoraweaveError(
+                f"this model carries peft's own adapters (at {name or 'its root'!r}); pass the bare model "
+                "(peft_model.unload()) and let loraweave read the adapters from their folders"
+            )
+
+
+def _refuse_stranger(expert: Expert, model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    missing = [path for path in expert.factors if path not in modules]
+    if missing:
+        made_for = f"; it says it was made for {expert.base!r}" if expert.base else ""
+        raise LoraweaveError(
+            f"expert {expert.name!r} ({expert.source}) does not fit {type(model).__name__}: {len(missing)} of its "
+            f"{len(expert.factors)} modules do not exist there, the first is {missing[0]!r}{made_for}"
+        )
+
+
+def _check_shape(expert: Expert, path: str, module: nn.Module, factors: LoraFactors) -> None:
+    width = features(module)
+    if width is None:
+        raise LoraweaveError(
+            f"expert {expert.name!r}: {path!r} is a {type(module).__name__}; experts can extend linear layers, "
+            "GPT-2's Conv1D and embeddings"
+        )
+    if isinstance(module, nn.Embedding) != factors.embedding:
+        raise LoraweaveError(
+            f"expert {expert.name!r}: {path!r} is a {type(module).__name__}, but its LoRA is for another kind"
+        )
+    came = (factors.A.shape[1], factors.B.shape[0])
+    if came != width:
+        made_for = f" (it says it was made for {expert.base!r})" if expert.base else ""
+        raise LoraweaveError(
+            f"expert {expert.name!r}{made_for}: {path!r} maps {width[0]} to {width[1]} features in this model, "
+            f"the expert expects {came[0]} to {came[1]}; it belongs to another base model"
+        )
+
+
+def _shared(paths: Sequence[str], modules: Mapping[str, nn.Module]) -> tuple[str, str] | None:
+    seen: dict[int, str] = {}
+    for path in paths:
+        first = seen.setdefault(id(modules[path]), path)
+        if first != path:
+            return first, path
+    return None
+
+
+def _mixing_layer(base: nn.Module, factors: Sequence[LoraFactors | None], path: str, model: nn.Module) -> MixingLayer:
+    weight = getattr(base, "weight", None)
+    plain = isinstance(weight, torch.Tensor) and weight.dtype in (
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+        torch.float64,
+    )
+    dtype = weight.dtype if plain else getattr(model, "dtype", torch.get_default_dtype())  # type: ignore[union-attr]
+    device = weight.device if isinstance(weight, torch.Tensor) else next(model.parameters()).device
+    kind = MixingEmbedding if isinstance(base, nn.Embedding) else MixingLayer
+    return kind(base, Bank.stack(factors, dtype, device), path)
+
+
+def _replace(model: nn.Module, layers: Mapping[int, MixingLayer]) -> list[tuple[nn.Module, str, nn.Module]]:
+    spots = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if child is not None and id(child) in layers
+    ]
+    for parent, name, child in spots:
+        if not isinstance(parent, MixingLayer):
+            parent._modules[name] = layers[id(child)]
+    return [spot for spot in spots if not isinstance(spot[0], MixingLayer)]

@@ -1,0 +1,118 @@
+"""The mixing layer: stands where a target module stood, calls it, and adds the mixture's low-rank term."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from loraweave.experts.bank import Bank
+from loraweave.mixing import numerics
+
+if TYPE_CHECKING:
+    from loraweave.mixing.site import Site
+
+
+@dataclass(slots=True)
+class FixedTerm:
+    """The low-rank term where ``g`` is constant: only the rank rows that count, and their weights.
+
+    ``A`` and ``Bt`` are ``None`` where nothing is added, ``w`` where all weights are one.
+    """
+
+    A: Tensor | None
+    Bt: Tensor | None
+    w: Tensor | None
+
+
+class MixingLayer(nn.Module):
+    """``y = base(x) + sum_i g_i s_i B_i A_i x``.
+
+    The base module is only ever called, never read, so it may be quantised or sharded. Attributes that this class lacks
+    are looked up there, since some models ask a projection for its ``weight``.
+
+    Attributes:
+        path: where the base module stood in the model.
+        site: the gate site this layer belongs to.
+        fixed: the whole low-rank term if ``g`` is constant, ``None`` if it is gated.
+    """
+
+    def __init__(self, base: nn.Module, bank: Bank, path: str) -> None:
+        super().__init__()
+        self.base = base
+        self.bank = bank
+        self.path = path
+        self.site: Site | None = None
+        self.fixed: FixedTerm | None = None
+        self._constant: Tensor | None = None
+        self.train(base.training)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = self._modules["base"](x, *args, **kwargs)  # type: ignore[misc]
+        fixed = self.fixed
+        if fixed is None:
+            return self._gated(x, y)
+        if fixed.A is None or fixed.Bt is None:
+            return y
+        return numerics.expand(self.shrink(x, fixed.A), fixed.w, fixed.Bt, y)
+
+    def _gated(self, x: Tensor, y: Tensor) -> Tensor:
+        site = self.site
+        bank: Bank = self._modules["bank"]  # type: ignore[assignment]
+        assert site is not None
+        a: Tensor | None = None
+        if site.leader is self and not site.driven:
+            a = self.shrink(x, bank.A)
+            site.decide(x, a, y)
+        rows = site.few_rows(bank, x)
+        if rows is not None:
+            return numerics.low_rank_rows(x, *rows, y)
+        if a is None:
+            a = self.shrink(x, bank.A)
+        return numerics.expand(a, site.row_weights(bank.layout, a), bank.Bt, y)
+
+    @staticmethod
+    def shrink(x: Tensor, A: Tensor) -> Tensor:
+        return numerics.shrink(x, A)
+
+    def fix(self, weights: Tensor | None) -> None:
+        """Make ``g`` constant, ``[E]``: keep only the rank rows of experts that count. ``None``: gated again."""
+        self._constant = weights
+        self.fixed = None if weights is None else self._fixed_term(weights)
+
+    def _fixed_term(self, weights: Tensor) -> FixedTerm:
+        bank: Bank = self.bank
+        starts, ranks = bank.layout.offsets, bank.layout.ranks
+        spans = [(starts[i], starts[i] + ranks[i]) for i in range(len(ranks)) if ranks[i] and weights[i] != 0]
+        if not spans:
+            return FixedTerm(None, None, None)
+        rank_weights = weights.double() @ bank.layout.spread(bank.A).cpu().double()
+        first, last = spans[0][0], spans[-1][1]
+        if sum(stop - start for start, stop in spans) == last - first:
+            A, Bt, w = bank.A[first:last], bank.Bt[first:last], rank_weights[first:last]
+        else:
+            rows = torch.cat([torch.arange(*span) for span in spans])
+            A, Bt, w = bank.A[rows.to(bank.A.device)], bank.Bt[rows.to(bank.A.device)], rank_weights[rows]
+        return FixedTerm(A, Bt, None if bool((w == 1).all()) else w.to(bank.A))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MixingLayer:
+        super()._apply(fn, recurse)
+        self.fix(self._constant)
+        return self
+
+
+class MixingEmbedding(MixingLayer):
+    """The same over an embedding: ``A x`` is a look-up."""
+
+    @staticmethod
+    def shrink(x: Tensor, A: Tensor) -> Tensor:
+        return nn.functional.embedding(x, A.T)

@@ -1,0 +1,135 @@
+"""Gate sites: sets of modules that share one ``g``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from loraweave.errors import LoraweaveError
+from loraweave.experts.bank import Bank, Layout
+from loraweave.mixing.layer import MixingLayer
+from loraweave.mixing.stream import Stream
+from loraweave.mixing.types import Evidence, Granularity, SitePlan, Weights
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a target module stands.
+
+    Attributes:
+        path: its path in the model.
+        stream: the token stream it reads.
+        block: path of the block it lies in, ``None`` outside of all blocks.
+        layer: path of the part of the block (attention, feed-forward) it lies in.
+        leads: whether it is called before its neighbours although it may be registered after them (a query).
+    """
+
+    path: str
+    stream: str
+    block: str | None
+    layer: str | None
+    leads: bool = False
+
+
+def group(places: Iterable[Place], granularity: Granularity) -> dict[str, list[Place]]:
+    """Which modules share a gate: site name -> its places, the leader first.
+
+    Modules outside of all blocks (embeddings, heads) and modules that read another stream than their block's own
+    (keys and values of cross-attention) stand in sites of their own.
+    """
+    sites: dict[tuple[str, str], list[Place]] = {}
+    for place in places:
+        key = {"matrix": place.path, "layer": place.layer, "block": place.block, "network": place.stream}[granularity]
+        if place.block is None or key is None:
+            key = place.path
+        sites.setdefault((key, place.stream), []).append(place)
+    named: dict[str, list[Place]] = {}
+    for (key, stream), members in sites.items():
+        named[key if key not in named else f"{key}:{stream}"] = sorted(members, key=lambda p: not p.leads)
+    return named
+
+
+class Site:
+    """One gate site, attached.
+
+    Attributes:
+        name: as shown in logs and plots.
+        current: the weights of the pass that runs now, or ran last.
+        gate: the learned gate, ``None`` where ``g`` is constant.
+        driven: whether ``g`` is set from outside (a block that is run once per expert) rather than by the gate.
+    """
+
+    def __init__(self, plan: SitePlan, members: Mapping[str, MixingLayer], stream: Stream) -> None:
+        self.plan = plan
+        self.name = plan.name
+        self.layers = [members[path] for path in plan.members]
+        self.leader = self.layers[0]
+        self.stream = stream
+        self.gate: nn.Module | None = None
+        self.constant: Tensor | None = None
+        self.current: Weights | None = None
+        self.driven = False
+        self.observers: list[Callable[[Site], None]] = []
+        self._row_weights: dict[Layout, Tensor] = {}
+        self._tokens = 1
+        for layer in self.layers:
+            layer.site = self
+
+    def decide(self, x: Tensor, a: Tensor, y: Tensor) -> None:
+        """Let the gate read the leader's input ``x``, rank outputs ``a`` and (of an embedding) output ``y``."""
+        assert self.gate is not None
+        hidden = y if self.leader.bank.embedding else x
+        if hidden.ndim == 2:
+            hidden, a = hidden.unsqueeze(1), a.unsqueeze(1)
+        self._tokens = hidden.shape[1]
+        self.set(self.gate(Evidence(hidden, a, self.stream)))
+
+    def set(self, weights: Weights, announce: bool = True) -> None:
+        """Use these weights from here on in this pass, and tell the observers unless they are scaffolding."""
+        self.current = weights
+        self._row_weights.clear()
+        if announce:
+            for observe in self.observers:
+                observe(self)
+
+    def row_weights(self, layout: Layout, a: Tensor) -> Tensor:
+        """Weights of the rank rows, shaped to multiply ``a`` ``[..., R]``."""
+        if layout not in self._row_weights:
+            self._row_weights[layout] = self._weights().dense.to(a.dtype) @ layout.spread(a)
+        w = self._row_weights[layout]
+        if a.ndim == 3:
+            return w
+        if a.ndim == 2:
+            if w.shape[0] * w.shape[1] not in (1, a.shape[0]):
+                w = w.expand(-1, self._tokens, -1)
+            return w.reshape(-1, w.shape[-1])
+        raise LoraweaveError(f"{self.name}: cannot mix in a module whose input has {a.ndim} axes, expected 2 or 3")
+
+    def few_rows(self, bank: Bank, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """``A, w, Bt`` of only the experts each batch row uses, where fetching them is cheaper than computing all."""
+        weights = self._weights()
+        index, values = weights.index, weights.values
+        if index is None or values is None or bank.embedding or x.ndim != 3 or index.shape[1] != 1:
+            return None
+        rows, scales = bank.layout.padded_rows(bank.A)
+        used = index.shape[-1] * rows.shape[1]
+        if x.shape[1] * (bank.layout.rows - used) < 4 * used or torch.is_autocast_enabled(x.device.type):
+            return None
+        picked = rows[index[:, 0]].flatten(1)
+        w = (scales[index[:, 0]] * values[:, 0].unsqueeze(-1).to(bank.A.dtype)).flatten(1).unsqueeze(1)
+        return bank.A[picked], w, bank.Bt[picked]
+
+    def _weights(self) -> Weights:
+        if self.current is None:
+            raise LoraweaveError(
+                f"gate site {self.name}: {self.plan.members[0]!r} decides the weights but has not run in this pass; "
+                "this model calls its modules in another order than expected: use granularity='matrix'"
+            )
+        return self.current
+
+    def clear(self) -> None:
+        self.current = None
+        self._row_weights.clear()

@@ -1,0 +1,145 @@
+"""A token stream: what a gate must know about the tokens it pools (mask, prompt, cache), read at a module's door."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from loraweave.errors import LoraweaveError
+
+
+@dataclass(frozen=True)
+class StreamSpec:
+    """Where a stream enters the model.
+
+    Attributes:
+        name: e.g. ``encoder``.
+        door: path of the module through whose call its tokens enter; empty for the model itself.
+        mask: name of the door's argument that holds the ``[rows, tokens]`` attention mask, if it has one.
+        causal: whether a token may only see what came before it.
+        prompted: whether the tokens begin with a prompt and go on with an answer (decoder-only models).
+    """
+
+    name: str
+    door: str = ""
+    mask: str | None = "attention_mask"
+    causal: bool = False
+    prompted: bool = False
+
+
+class Stream:
+    """State of one stream during one forward pass."""
+
+    def __init__(self, spec: StreamSpec) -> None:
+        self.spec = spec
+        self.mask: Tensor | None = None
+        self.labels: Tensor | None = None
+        self.cache: object | None = None
+        self.stated_prompt: Tensor | None = None
+        self._frozen: WeakKeyDictionary[object, dict[int, Any]] = WeakKeyDictionary()
+
+    def enter(self, mask: Tensor | None, cache: object | None) -> None:
+        self.mask, self.cache = mask, cache
+
+    def leave(self) -> None:
+        self.mask = self.cache = self.labels = None
+
+    @property
+    def cached_tokens(self) -> int:
+        """How many tokens the cache already holds."""
+        length = getattr(self.cache, "get_seq_length", None)
+        return int(length()) if length is not None else 0
+
+    def token_mask(self, tokens: int) -> Tensor | None:
+        """``[rows, tokens]``: which tokens are real; ``None`` if all are."""
+        if self.mask is None:
+            return None
+        if self.mask.ndim != 2 or self.mask.shape[1] != tokens:
+            raise LoraweaveError(
+                f"{self.spec.name}: pooling over tokens needs an attention mask of shape [rows, {tokens}], "
+                f"got {list(self.mask.shape)}; pass the 2-D mask the tokenizer made"
+            )
+        return self.mask
+
+    def prompt_mask(self, rows: int, tokens: int) -> Tensor | None:
+        """``[rows, tokens]``: the prompt's tokens: what precedes the first label, or all there is without labels."""
+        mask = self.token_mask(tokens)
+        if self.stated_prompt is not None:
+            prompt = self.stated_prompt
+            prompt = prompt.repeat_interleave(max(rows // prompt.shape[0], 1), dim=0)[:, :tokens]
+            return torch.nn.functional.pad(prompt, (0, tokens - prompt.shape[1]))
+        if self.labels is None:
+            return mask
+        before = (self.labels != -100).long().cumsum(1) == 0
+        return before if mask is None else before & mask.bool()
+
+    def frozen(self, gate: nn.Module) -> Any:
+        """What ``gate`` decided when this cache was filled with the prompt."""
+        decided = None if self.cache is None else self._frozen.get(self.cache, {}).get(id(gate))
+        if decided is None:
+            raise LoraweaveError(
+                f"{self.spec.name}: the gates read the prompt, but this key-value cache was filled outside of this "
+                "mixture; pass the prompt through the attached model first"
+            )
+        return decided
+
+    def freeze(self, gate: nn.Module, decided: Any) -> None:
+        if self.cache is not None:
+            self._frozen.setdefault(self.cache, {})[id(gate)] = decided
+
+
+class Arguments:
+    """Reads named arguments of a module's call, however they were passed."""
+
+    def __init__(self, module: nn.Module) -> None:
+        names = inspect.signature(type(module).forward).parameters
+        self._position = {name: i - 1 for i, name in enumerate(names)}
+
+    def get(self, name: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name is None:
+            return None
+        if name in kwargs:
+            return kwargs[name]
+        position = self._position.get(name, len(args))
+        return args[position] if position < len(args) else None
+
+
+def open_doors(model: nn.Module, streams: dict[str, Stream]) -> list[RemovableHandle]:
+    """Watch the doors of all streams; the handles close them again."""
+    handles = []
+    doors: dict[str, list[Stream]] = {}
+    for stream in streams.values():
+        doors.setdefault(stream.spec.door, []).append(stream)
+    for path, here in doors.items():
+        handles += _watch(model.get_submodule(path), here)
+    prompted = [stream for stream in streams.values() if stream.spec.prompted]
+    if prompted:
+        handles += _watch_labels(model, prompted)
+    return handles
+
+
+def _watch(door: nn.Module, streams: list[Stream]) -> list[RemovableHandle]:
+    arguments = Arguments(door)
+
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for stream in streams:
+            mask = arguments.get(stream.spec.mask, args, kwargs)
+            stream.enter(mask, arguments.get("past_key_values", args, kwargs))
+
+    return [door.register_forward_pre_hook(enter, with_kwargs=True)]
+
+
+def _watch_labels(model: nn.Module, streams: list[Stream]) -> list[RemovableHandle]:
+    arguments = Arguments(model)
+
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for stream in streams:
+            stream.labels = arguments.get("labels", args, kwargs)
+
+    return [model.register_forward_pre_hook(enter, with_kwargs=True)]

@@ -1,0 +1,111 @@
+"""The words shared by the mixing engine and the policies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from loraweave.experts.bank import Bank
+    from loraweave.mixing.stream import Stream
+
+Granularity = Literal["matrix", "layer", "block", "network"]
+Pooling = Literal["mean", "prompt", "token", "flatten"]
+
+
+@dataclass(slots=True)
+class Weights:
+    """The mixing weights of one gate site in one forward pass.
+
+    Attributes:
+        dense: ``[rows or 1, tokens or 1, E]``; size 1 broadcasts.
+        index: ``[rows, tokens or 1, k]``, the experts that are not switched off, where the gate is sparse by design.
+        values: ``[rows, tokens or 1, k]``, their weights.
+    """
+
+    dense: Tensor
+    index: Tensor | None = None
+    values: Tensor | None = None
+
+
+@dataclass(slots=True)
+class Evidence:
+    """What a gate may read at its site.
+
+    Attributes:
+        hidden: ``[rows, tokens, in]``, the input of the site's leading module (an embedding's output).
+        ranks: ``[rows, tokens, R]``, ``A x`` of the leading module: the experts' outputs in rank space, unscaled.
+        outputs: ``[rows, tokens, E, d]``, the experts' outputs themselves, where a block was run once per expert.
+        stream: the tokens' attention mask, prompt and cache.
+    """
+
+    hidden: Tensor
+    ranks: Tensor | None
+    stream: Stream
+    outputs: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """A gate site before it is built: a set of modules that share one ``g``.
+
+    Attributes:
+        name: path of what it covers, e.g. ``model.layers.0``.
+        stream: name of the token stream that its modules read.
+        members: module paths; the first is the leader, which runs first and whose input the gate reads.
+        block: path of the block it lies in, if any.
+        bank: the leader's experts.
+        causal: whether a token may only see what came before it.
+        prompted: whether the tokens begin with a prompt and go on with an answer.
+        features: width of the leader's input and output.
+        experts: names of the mixture's experts, in order.
+    """
+
+    name: str
+    stream: str
+    members: tuple[str, ...]
+    block: str | None
+    bank: Bank = field(repr=False)
+    causal: bool
+    prompted: bool
+    features: tuple[int, int]
+    experts: tuple[str, ...]
+
+
+class Gate(Protocol):
+    """Learned weights at one site: an ``nn.Module`` that also answers these."""
+
+    normalized: bool
+
+    def __call__(self, evidence: Evidence) -> Weights: ...
+
+    def keep(self, kept: Tensor | None) -> None:
+        """Mask experts: ``kept`` is ``[E]`` bool; ``None`` lifts the mask."""
+
+
+class Policy(Protocol):
+    """Produces ``g`` for every site.
+
+    Attributes:
+        name: as written in a recipe.
+        granularity: how many modules share one ``g``.
+        normalized: whether the weights sum to one, so that masking must share out what the masked experts had.
+        mix: ``"deltas"`` scales each module's low-rank term; ``"outputs"`` runs a block once per expert.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def granularity(self) -> Granularity: ...
+    @property
+    def normalized(self) -> bool: ...
+    @property
+    def mix(self) -> Literal["deltas", "outputs"]: ...
+
+    def constant(self, site: SitePlan) -> Tensor | None:
+        """``[E]`` if ``g`` depends on nothing at this site, else ``None``."""
+
+    def gate(self, site: SitePlan) -> nn.Module | None:
+        """A fresh :class:`Gate` for this site if ``g`` is learned, else ``None``."""

@@ -1,0 +1,371 @@
+"""The mixture: model + bank + policy, attached. This is what a user holds, saves and loads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from loraweave.errors import LoraweaveError, unknown
+from loraweave.experts.resolve import resolve_experts
+from loraweave.experts.types import Expert
+from loraweave.integrations.transformers import anatomy as read_anatomy
+from loraweave.mixing import numerics
+from loraweave.mixing.anatomy import Anatomy
+from loraweave.mixing.attach import Attachment, attach_layers, features
+from loraweave.mixing.blocks import BlockMixer
+from loraweave.mixing.layer import MixingLayer
+from loraweave.mixing.record import Record
+from loraweave.mixing.site import Site, group
+from loraweave.mixing.stream import Stream, open_doors
+from loraweave.mixing.types import Policy, SitePlan
+from loraweave.transforms import fold as folding
+
+Source = str | Path | Expert
+M = TypeVar("M", bound=nn.Module)
+
+
+def attach(
+    model: nn.Module,
+    experts: Mapping[str, Source] | Sequence[Source],
+    policy: Policy | None = None,
+    *,
+    blocks: Iterable[str] | None = None,
+) -> Mixture:
+    """Attach trained LoRAs to a frozen model and mix them.
+
+    The model itself stays the interface: call it, ``generate`` with it, pass it to a pipeline. Its parameters stop
+    requiring gradients until :meth:`Mixture.detach`, which restores it exactly.
+
+    Args:
+        model: any transformers model (other modules work where their parts are called in the order of registration).
+        experts: name -> PEFT folder, hub id, or :class:`Expert`, in the order in which the mixture keeps them; of a
+            plain sequence the folders' names are taken.
+        policy: how to mix; default: ``MoLE()`` with fresh gates.
+        blocks: class names or module paths to take as blocks, where the model's own division does not suit.
+
+    Raises:
+        LoraweaveError: an expert cannot be read or does not fit this model, or something is attached already.
+    """
+    if policy is None:
+        from loraweave.policies import MoLE
+
+        policy = MoLE()
+    read = resolve_experts(experts)
+    body = read_anatomy(model, blocks)
+    return Mixture(model, read, attach_layers(model, read), body, policy)
+
+
+class Mixture:
+    """Trained LoRAs attached to one model and mixed by a policy.
+
+    Attributes:
+        model: the model they are attached to, which stays the interface.
+        sources: the experts, without their weights, in order.
+        sites: the gate sites of the current policy.
+    """
+
+    def __init__(
+        self, model: nn.Module, experts: Sequence[Expert], attachment: Attachment, anatomy: Anatomy, policy: Policy
+    ) -> None:
+        self.model = model
+        self.sources = tuple(
+            Expert(e.name, {}, source=e.source, sha256=e.sha256, base=e.base, revision=e.revision) for e in experts
+        )
+        self.sites: tuple[Site, ...] = ()
+        self._attachment: Attachment | None = attachment
+        self._anatomy = anatomy
+        self._streams = {spec.name: Stream(spec) for spec in anatomy.streams}
+        self._mixers: list[BlockMixer] = []
+        self._kept: Tensor | None = None
+        self._folded: folding.Folded | None = None
+        self._doors = open_doors(model, self._streams)
+        try:
+            self._install(policy)
+        except LoraweaveError:
+            self.detach()
+            raise
+
+    # ---------------------------------------------------------------- what it is made of
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Names of the experts, in order."""
+        return tuple(expert.name for expert in self.sources)
+
+    @property
+    def layers(self) -> dict[str, MixingLayer]:
+        """Module path -> the mixing layer that stands there."""
+        return self._attached().layers
+
+    @property
+    def policy(self) -> Policy:
+        """How the experts are mixed; assign another policy to change it in place."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        self._attached()
+        self._refuse_folded("change the policy")
+        before = self._policy
+        self._uninstall()
+        try:
+            self._install(policy)
+        except LoraweaveError:
+            self._install(before)
+            raise
+
+    @property
+    def gates(self) -> dict[str, nn.Module]:
+        """Site name -> its learned gate; empty for policies that learn nothing."""
+        return {site.name: site.gate for site in self.sites if site.gate is not None}
+
+    def gate_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All parameters of all gates, named ``site/parameter``."""
+        for name, gate in self.gates.items():
+            for key, parameter in gate.named_parameters():
+                yield f"{name}/{key}", parameter
+
+    # ---------------------------------------------------------------- masking
+
+    @contextmanager
+    def only(self, *names: str) -> Iterator[Mixture]:
+        """Mask all experts but these, without retraining (MoLE's second inference mode).
+
+        Where weights sum to one, the masked experts' share goes to the others; where they do not, they drop out. With a
+        scale ``s``, ``K`` experts of ``N`` share ``1 + (s-1)(K-1)/(N-1)``, so one left alone has weight 1.
+        """
+        wanted = self._checked(names)
+        with self._masked(torch.tensor([expert in wanted for expert in self.experts])):
+            yield self
+
+    @contextmanager
+    def without(self, *names: str) -> Iterator[Mixture]:
+        """Mask these experts; see :meth:`only`."""
+        dropped = self._checked(names)
+        with self._masked(torch.tensor([expert not in dropped for expert in self.experts])):
+            yield self
+
+    def _checked(self, names: Sequence[str]) -> set[str]:
+        for name in names:
+            if name not in self.experts:
+                raise unknown("expert", name, self.experts)
+        return set(names)
+
+    @contextmanager
+    def _masked(self, kept: Tensor) -> Iterator[None]:
+        before = self._kept
+        kept = kept if before is None else kept & before
+        if not kept.any():
+            raise LoraweaveError(f"every expert is masked; keep at least one of: {', '.join(self.experts)}")
+        self._refuse_folded("mask experts")
+        self._mask(kept)
+        try:
+            yield
+        finally:
+            self._mask(before)
+
+    def _mask(self, kept: Tensor | None) -> None:
+        self._kept = kept
+        for site in self.sites:
+            if site.gate is not None:
+                site.gate.keep(kept)  # type: ignore[operator]
+        self._fix()
+
+    def _fix(self) -> None:
+        """Hand constant weights, mask applied, to the layers."""
+        fixed = [(site, self._constant_weights(site)) for site in self.sites]
+        for site, weights in fixed:
+            site.constant = weights
+            for layer in site.layers:
+                layer.fix(None if site.driven else weights)
+
+    def _constant_weights(self, site: Site) -> Tensor | None:
+        weights = self._policy.constant(site.plan)
+        if weights is None or self._kept is None:
+            return weights
+        if not self._policy.normalized:
+            return weights * self._kept
+        if float((weights * self._kept).sum()) == 0:
+            kept = [name for name, keep in zip(self.experts, self._kept, strict=True) if keep]
+            raise LoraweaveError(
+                f"the experts kept ({', '.join(kept)}) have weight 0 at {site.name}; nothing would be left"
+            )
+        return numerics.renormalize(weights, self._kept)
+
+    # ---------------------------------------------------------------- looking inside
+
+    @contextmanager
+    def record(self) -> Iterator[Record]:
+        """Keep the mixing weights of the calls inside: ``with mixture.record() as seen: model(**batch)``."""
+        seen = Record(self.sites)
+        for site in self.sites:
+            site.observers.append(seen.note)
+        try:
+            yield seen
+        finally:
+            for site in self.sites:
+                site.observers.remove(seen.note)
+
+    @contextmanager
+    def prompt(self, mask: Tensor) -> Iterator[Mixture]:
+        """Say which tokens are the prompt (``[rows, prompt tokens]``) in calls that cannot tell.
+
+        Gates with ``pooling="prompt"`` learn it from the labels in training and from the first call when a key-value
+        cache is used. Generating without a cache needs this.
+        """
+        before = {name: stream.stated_prompt for name, stream in self._streams.items()}
+        for stream in self._streams.values():
+            stream.stated_prompt = mask.bool()
+        try:
+            yield self
+        finally:
+            for name, stream in self._streams.items():
+                stream.stated_prompt = before[name]
+
+    # ---------------------------------------------------------------- leaving
+
+    def fold(self) -> None:
+        """Write constant weights into the model's own: the mixture then costs nothing. :meth:`unfold` undoes it.
+
+        Raises:
+            LoraweaveError: the weights depend on the input, or a base module is quantised.
+        """
+        self._refuse_folded("fold")
+        self._folded = folding.fold(self.layers, self._constants("fold into the weights"))
+
+    def unfold(self) -> None:
+        """Give the model its own weights back, bit by bit, and mix beside them again."""
+        if self._folded is None:
+            raise LoraweaveError("this mixture is not folded")
+        self._folded.restore()
+        self._folded = None
+        self._fix()
+
+    def merged_expert(self, name: str = "mixture") -> Expert:
+        """The mixture as one ordinary LoRA (ranks add up), for policies whose weights depend on nothing."""
+        return folding.one_expert(self.layers, self._constants("become one LoRA"), name, self._base_name())
+
+    def export_lora(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the mixture as one ordinary PEFT folder that needs no loraweave; see :meth:`merged_expert`."""
+        from loraweave.experts.writer import write_expert
+
+        return write_expert(self.merged_expert(), folder, base=self._base_name(), overwrite=overwrite)
+
+    def save_pretrained(self, folder: str | Path, *, copy_experts: bool = False, results: Any = None) -> Path:
+        """Write ``mixture.json``, ``gates.safetensors`` and a README card; :func:`load` reads them back."""
+        from loraweave import persistence
+
+        return persistence.save(self, folder, copy_experts=copy_experts, results=results)
+
+    def push_to_hub(self, repo_id: str, *, copy_experts: bool = True, private: bool = False, api: Any = None) -> str:
+        """Upload what :meth:`save_pretrained` writes; ``api``: a ``huggingface_hub.HfApi`` to use."""
+        from loraweave import persistence
+
+        return persistence.push(self, repo_id, copy_experts=copy_experts, private=private, api=api)
+
+    def detach(self) -> nn.Module:
+        """Take the mixture out; the model is exactly what it was before. Returns it."""
+        if self._attachment is None:
+            raise LoraweaveError("this mixture is detached already")
+        if self._folded is not None:
+            self._folded.restore()
+            self._folded = None
+        self._uninstall()
+        for door in self._doors:
+            door.remove()
+        self._attachment.detach()
+        self._attachment = None
+        return self.model
+
+    # ---------------------------------------------------------------- the policy's sites
+
+    def _install(self, policy: Policy) -> None:
+        layers = self._attached().layers
+        places = [self._anatomy.place(path) for path in layers]
+        streams = {spec.name: spec for spec in self._anatomy.streams}
+        sites = []
+        for name, members in group(places, policy.granularity).items():
+            leader, spec = layers[members[0].path], streams[members[0].stream]
+            width = features(leader.base)
+            assert width is not None
+            plan = SitePlan(
+                name=name,
+                stream=spec.name,
+                members=tuple(place.path for place in members),
+                block=members[0].block,
+                bank=leader.bank,
+                causal=spec.causal,
+                prompted=spec.prompted,
+                features=width,
+                experts=self.experts,
+            )
+            site = Site(plan, layers, self._streams[spec.name])
+            site.gate = policy.gate(plan)
+            if site.gate is not None:
+                site.leader.add_module("gate", site.gate.train(self.model.training))
+            sites.append(site)
+        self._policy = policy
+        self.sites = tuple(sites)
+        if policy.mix == "outputs":
+            self._mix_blocks()
+        self._mask(self._kept)
+
+    def _mix_blocks(self) -> None:
+        by_block: dict[str, list[Site]] = {}
+        for site in self.sites:
+            if site.plan.block is not None:
+                by_block.setdefault(site.plan.block, []).append(site)
+        for path, sites in by_block.items():
+            # Keys and values of cross-attention follow the block's own gate.
+            for follower in sites[1:]:
+                if follower.gate is not None:
+                    del follower.leader._modules["gate"]
+                    follower.gate = None
+            self._mixers.append(BlockMixer(self.model.get_submodule(path), sites[0], sites[1:]))
+
+    def _uninstall(self) -> None:
+        for mixer in self._mixers:
+            mixer.close()
+        self._mixers = []
+        for site in self.sites:
+            site.leader._modules.pop("gate", None)
+            for layer in site.layers:
+                layer.site = None
+                layer.fix(None)
+        self.sites = ()
+
+    # ---------------------------------------------------------------- helpers
+
+    def _attached(self) -> Attachment:
+        if self._attachment is None:
+            raise LoraweaveError("this mixture is detached; attach the experts again")
+        return self._attachment
+
+    def _refuse_folded(self, doing: str) -> None:
+        if self._folded is not None:
+            raise LoraweaveError(f"cannot {doing} while the mixture is folded into the weights; call unfold() first")
+
+    def _constants(self, doing: str) -> dict[str, Tensor]:
+        weights: dict[str, Tensor] = {}
+        for site in self.sites:
+            if site.constant is None:
+                raise LoraweaveError(
+                    f"a {self._policy.name!r} mixture cannot {doing}: its weights depend on the input ({site.name})"
+                )
+            weights |= {layer.path: site.constant for layer in site.layers}
+        return weights
+
+    def _base_name(self) -> str | None:
+        name = getattr(self.model, "name_or_path", None)
+        return name or None
+
+    def __repr__(self) -> str:
+        return (
+            f"Mixture({type(self.model).__name__}, experts=[{', '.join(self.experts)}], policy={self._policy!r}, "
+            f"sites={len(self.sites)})"
+        )

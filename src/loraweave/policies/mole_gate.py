@@ -1,0 +1,160 @@
+"""The MoLE gate: evidence -> logits (Eq. 9-10) -> weights (Eq. 11)."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from loraweave.errors import LoraweaveError
+from loraweave.mixing import numerics
+from loraweave.mixing.types import Evidence, Pooling, SitePlan, Weights
+from loraweave.policies.mole_evidence import RankReader, WideReader
+
+if TYPE_CHECKING:
+    from loraweave.policies.mole import MoLE
+
+SIGMOID_START = math.log(0.98 / 0.02)
+
+
+class MoLEGate(nn.Module):
+    """Learned weights of one site.
+
+    Parameters, with ``L`` = ``max_length`` of a flatten gate, else absent:
+
+    - ``e``: ``[L, N, d, N]`` (full), ``[L, R, N]`` (compact) or ``[L, in, N]`` (hidden evidence), zero at the start;
+    - ``columns``: ``[N]``, the column sums of ``e`` where it cannot tell them (compact, layer normalisation);
+    - ``bias``: ``[N]``, of sigmoid gates;
+    - ``log_temperature`` and ``scale``: scalars, learned if the policy says so.
+    """
+
+    def __init__(self, policy: MoLE, site: SitePlan) -> None:
+        super().__init__()
+        self.policy = policy
+        self.site_name = site.name
+        self.pooling = resolve_pooling(policy, site)
+        self.normalized = policy.normalized
+        self.experts = N = len(site.experts)
+        self.reader: WideReader | RankReader = _reader(policy, site)
+        length = (cast(int, policy.max_length),) if self.pooling == "flatten" else ()
+        device = site.bank.A.device
+        self.e = nn.Parameter(torch.zeros(*length, *self.reader.shape, N, device=device))
+        told = isinstance(self.reader, WideReader) or self.reader.full or policy.normalization != "layer"
+        self.columns = None if told else nn.Parameter(torch.zeros(N, device=device))
+        sigmoid = policy.activation == "sigmoid"
+        self.bias = nn.Parameter(torch.full((N,), SIGMOID_START, device=device)) if sigmoid else None
+        start = torch.tensor(math.log(policy.temperature), device=device)
+        self.log_temperature = nn.Parameter(start, requires_grad=policy.learn_temperature)
+        scale = 1.0 if policy.activation in ("top1", "sigmoid") else policy.scale
+        total = torch.tensor(float(N if scale == "experts" else scale), device=device)
+        self.scale = nn.Parameter(total, requires_grad=policy.learn_scale)
+        self.closed: Tensor | None = None
+        self.kept = N
+
+    def keep(self, kept: Tensor | None) -> None:
+        """Mask experts: ``kept`` is ``[E]`` bool; ``None`` lifts the mask."""
+        self.closed = None if kept is None else ~kept.to(self.e.device)
+        self.kept = self.experts if kept is None else int(kept.sum())
+
+    def forward(self, evidence: Evidence) -> Weights:
+        stream = evidence.stream
+        if self.pooling == "token":
+            return self.activate(self.logits(evidence))
+        if stream.spec.causal and stream.cached_tokens > 0:
+            if self.pooling == "prompt":
+                return self.activate(cast(Tensor, stream.frozen(self)))
+            raise LoraweaveError(
+                f"gate site {self.site_name}: {self.pooling!r} pooling reads the whole sequence, so generating with a "
+                "key-value cache would differ from generating without; use pooling='token' or 'prompt', or "
+                "use_cache=False"
+            )
+        logits = self.logits(evidence)
+        if self.pooling == "prompt":
+            stream.freeze(self, logits)
+        return self.activate(logits)
+
+    def logits(self, evidence: Evidence) -> Tensor:
+        """``eps`` of Eq. 10, ``[rows, tokens or 1, N]``."""
+        v = self.pool(self.reader.raw(evidence), evidence)
+        coordinates, square, total = self.reader.measure(v)
+        e = self.e[: v.shape[1]] if self.pooling == "flatten" else self.e
+        matrix, columns, size = self.reader.matrix(e), self.reader.columns(e), self.reader.size
+        if columns is None:
+            columns = self.columns
+        if self.pooling == "flatten":
+            projected = torch.einsum("blc,lcn->bn", coordinates, matrix).unsqueeze(1)
+            square, total = square.sum(1, keepdim=True), total.sum(1, keepdim=True)
+            size = size * self.e.shape[0]
+        else:
+            projected = coordinates @ matrix
+        return numerics.normalized_logits(projected, square, size, self.policy.normalization, total, columns)
+
+    def pool(self, v: Tensor, evidence: Evidence) -> Tensor:
+        """``[B, T, C]`` -> ``[B, T or 1, C]``."""
+        stream, (rows, tokens) = evidence.stream, v.shape[:2]
+        if self.pooling == "token":
+            return v
+        if self.pooling == "mean":
+            return numerics.masked_mean(v, stream.token_mask(tokens))
+        if self.pooling == "prompt":
+            return numerics.masked_mean(v, stream.prompt_mask(rows, tokens))
+        if tokens > self.e.shape[0]:
+            raise LoraweaveError(
+                f"gate site {self.site_name}: this flatten gate reads at most max_length={self.e.shape[0]} tokens, "
+                f"got {tokens}; shorten the input, or train a gate with a larger max_length or another pooling"
+            )
+        mask = stream.token_mask(tokens)
+        return v if mask is None else v * mask.to(v.dtype).unsqueeze(-1)
+
+    def activate(self, logits: Tensor) -> Weights:
+        """Eq. 11 and its relatives: logits -> weights, masked experts left out."""
+        logits = logits * torch.exp(-self.log_temperature)
+        if self.bias is not None:
+            g = torch.sigmoid(logits + self.bias)
+            return Weights(g if self.closed is None else g.masked_fill(self.closed, 0.0))
+        if self.closed is not None:
+            logits = logits.masked_fill(self.closed, -torch.inf)
+        total = numerics.masked_total(self.scale, self.kept, self.experts)
+        if self.policy.activation == "topk":
+            best, index = logits.topk(min(self.policy.k, self.kept), dim=-1)
+            values = total * best.softmax(-1)
+            return Weights(torch.zeros_like(logits).scatter(-1, index, values), index, values)
+        p = logits.softmax(-1)
+        if self.policy.activation == "softmax":
+            return Weights(total * p)
+        index = p.argmax(-1, keepdim=True)
+        hard = torch.zeros_like(p).scatter(-1, index, 1.0)
+        if torch.is_grad_enabled() and p.requires_grad:
+            return Weights(hard + p - p.detach())
+        return Weights(hard, index, torch.ones_like(index, dtype=p.dtype))
+
+
+def resolve_pooling(policy: MoLE, site: SitePlan) -> Pooling:
+    """What ``auto`` means at this site, and whether the chosen pooling is possible there.
+
+    Raises:
+        LoraweaveError: ``prompt`` in the decoder of an encoder-decoder, whose prompt is not its own.
+    """
+    if policy.pooling == "auto":
+        return "token" if site.causal else "mean"
+    if policy.pooling == "prompt" and not site.prompted:
+        if not site.causal:
+            return "mean"
+        raise LoraweaveError(
+            f"gate site {site.name}: pooling='prompt' is for decoder-only models; this decoder's prompt is in the "
+            "encoder: use pooling='auto' (mean in the encoder, token in the decoder)"
+        )
+    return policy.pooling
+
+
+def _reader(policy: MoLE, site: SitePlan) -> WideReader | RankReader:
+    N = len(site.experts)
+    if policy.mix == "outputs":
+        width = site.features[0]
+        return WideReader(N * width, (N, width))
+    if policy.evidence == "hidden":
+        width = site.features[1 if site.bank.embedding else 0]
+        return WideReader(width, (width,))
+    return RankReader(site.bank, full=policy.gate_form == "full")

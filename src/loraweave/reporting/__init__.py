@@ -1,0 +1,1 @@
+"""Tables for the terminal and Markdown, and plots of what the gates learned."""

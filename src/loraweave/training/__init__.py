@@ -1,0 +1,1 @@
+"""Learning gates over frozen experts."""

@@ -1,0 +1,106 @@
+"""``GateTrainer``: a ``transformers.Trainer`` that trains gates and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from loraweave import persistence
+from loraweave.errors import LoraweaveError
+from loraweave.mixture import Mixture
+from loraweave.training import objective
+
+
+class GateTrainer(Trainer):
+    """Trains the gates of a mixture with ``task loss + balance * balance loss`` (MoLE Eq. 16).
+
+    Everything else is :class:`transformers.Trainer`: accelerate, several GPUs, mixed precision, gradient accumulation,
+    callbacks, checkpoints and resuming. A checkpoint holds the saved mixture (gates, not the model) beside the
+    optimizer's state. The log carries ``task_loss``, ``balance_loss``, the mean ``entropy``, ``entropy/SITE`` and
+    ``load/EXPERT``.
+
+    Args:
+        mixture: an attached mixture with a policy that learns.
+        args: training arguments; ``label_names`` and the like as usual.
+        balance: weight of the balance loss; default: what the policy says.
+        **options: anything else :class:`transformers.Trainer` takes, but ``model``.
+
+    Raises:
+        LoraweaveError: the policy has no gates to train.
+    """
+
+    def __init__(
+        self, mixture: Mixture, args: TrainingArguments, *, balance: float | None = None, **options: Any
+    ) -> None:
+        if not mixture.gates:
+            raise LoraweaveError(f"nothing to train: a {mixture.policy.name!r} policy has no gates; use MoLE")
+        if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise LoraweaveError("gate training needs gradient_checkpointing_kwargs={'use_reentrant': False}")
+        self.mixture = mixture
+        self.balance = float(getattr(mixture.policy, "balance", 0.0) if balance is None else balance)
+        self._seen: dict[str, Tensor] = {}
+        super().__init__(model=mixture.model, args=args, **options)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        task, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        sites = [site for site in self.mixture.sites if site.gate is not None]
+        balance = objective.balance(sites)
+        if model.training:
+            self._seen = {"task_loss": task.detach(), "balance_loss": balance.detach()}
+        # The task loss is a share of the whole accumulated batch where the model normalises by its items.
+        whole = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        steps = self.current_gradient_accumulation_steps if whole and model.training else 1
+        loss = task + self.balance * balance / steps
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._seen:
+            logs |= {name: round(float(value), 6) for name, value in self._seen.items()}
+            logs |= gate_statistics(self.mixture)
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
+        if self.args.should_save:
+            persistence.save(self.mixture, output_dir or str(self.args.output_dir), into=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:  # noqa: ARG002
+        persistence.load_gates(self.mixture, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        persistence.load_gates(self.mixture, str(self.state.best_model_checkpoint))
+
+
+@torch.no_grad()
+def gate_statistics(mixture: Mixture) -> dict[str, float]:
+    """Entropy per site (nats) and load per expert (mean share) in the last pass."""
+    sites = [site for site in mixture.sites if site.gate is not None and site.current is not None]
+    entropies = {site.name: float(objective.entropy(site)) for site in sites}
+    load = torch.stack([objective.site_shares(site) for site in sites]).mean(0).tolist()
+    return {
+        "entropy": round(sum(entropies.values()) / len(entropies), 5),
+        **{f"entropy/{name}": round(value, 5) for name, value in entropies.items()},
+        **{f"load/{name}": round(value, 5) for name, value in zip(mixture.experts, load, strict=True)},
+    }
+
+
+def last_whole_checkpoint(folder: str | Path) -> Path | None:
+    """The newest checkpoint that was written to its end, ``None`` if there is none.
+
+    The trainer writes ``trainer_state.json`` last, so a checkpoint without it was cut off.
+    """
+    numbered = []
+    for path in Path(folder).glob("checkpoint-*"):
+        step = path.name.rpartition("-")[2]
+        if step.isdigit() and (path / "trainer_state.json").is_file() and (path / persistence.GATES).is_file():
+            numbered.append((int(step), path))
+    return max(numbered)[1] if numbered else None

@@ -1,0 +1,1 @@
+"""Transforms: bank -> bank, or bank -> plain weights. One file a method."""

@@ -1,0 +1,107 @@
+"""The speed suite at toy size: it runs, it checks before it times, and its figures mean what they say."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from speed import report, run
+from speed.checks import check
+from speed.models import SIZES, Bench, make_bench
+from speed.ours import OURS, attach, mole_block
+from speed.peers import PEERS, peft_all, peft_one
+from speed.scenarios import SCENARIOS
+from speed.timing import Task, interleave, ratios
+from speed.training import STEPS
+from torch import nn
+
+import loraweave as lw
+
+NAMES = [contender.name for contender in (*PEERS, *OURS)]
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return make_bench(SIZES["tiny"], tmp_path / "experts")
+
+
+def test_the_suite_times_every_contender_and_writes_its_tables(tmp_path: Path) -> None:
+    output = tmp_path / "figures.json"
+    run.main(["--size", "tiny", "--rounds", "1", "--threads", "1", "--only", "forward,generate", "-o", str(output)])
+    written = json.loads(output.read_text())
+    assert set(written["scenarios"]) == {"forward", "generate, batch 1", "generate, batch 8"}
+    for scenario in written["scenarios"].values():
+        assert list(scenario["contenders"]) == NAMES
+        assert all(len(c["seconds"]) == 1 and c["seconds"][0] > 0 for c in scenario["contenders"].values())
+    assert len(written["checks"]) == 4
+    assert all(name in output.with_suffix(".md").read_text() for name in NAMES)
+
+
+@pytest.mark.slow
+def test_training_attaching_and_importing(tmp_path: Path) -> None:
+    result = run.main(["--size", "tiny", "--rounds", "1", "--threads", "1", "--only", "train,start"])
+    assert list(result["scenarios"]["train"]["contenders"]) == list(STEPS) == list(result["memory"])
+    assert all(0 < m["before"] <= m["peak"] for m in result["memory"].values())
+
+
+def test_a_contender_without_its_loras_is_not_timed(bench: Bench) -> None:
+    with pytest.raises(AssertionError, match="sum: says the same as the bare model"):
+        check({"bare": bench.model(), "sum": bench.model()}, bench)
+
+
+def test_a_contender_that_computes_something_else_is_not_timed(bench: Bench) -> None:
+    with pytest.raises(AssertionError, match="sum should equal peft all"):
+        check({"bare": bench.model(), "peft all": peft_all(bench), "sum": peft_one(bench)}, bench)
+
+
+def test_contenders_share_the_base_weights_and_the_folded_one_does_not_touch_them(bench: Bench) -> None:
+    weights = {name: p.clone() for name, p in bench.base.named_parameters()}
+    own = {p.data_ptr() for p in bench.base.parameters()}
+    models: dict[str, nn.Module] = {c.name: c.build(bench) for c in OURS}
+    assert own <= {p.data_ptr() for p in models["sum"].parameters()}
+    assert not own & {p.data_ptr() for p in models["folded"].parameters()}
+    assert all(torch.equal(p, weights[name]) for name, p in bench.base.named_parameters())
+    bench.contexts.close()
+
+
+def test_the_gates_are_not_trivial(bench: Bench) -> None:
+    mixture = attach(bench, lw.MoLE(granularity="block"))
+    with mixture.record() as log:
+        mixture.model(input_ids=torch.arange(1, 13).view(1, -1))
+    for weights in log.weights.values():
+        assert weights.shape == (1, 12, bench.size.experts)
+        assert weights.std(dim=1).min() > 1e-3
+        assert weights.std(dim=2).min() > 1e-2
+    assert mole_block(bench) is not mixture.model
+
+
+def test_every_bound_names_what_exists() -> None:
+    for bound in report.BOUNDS:
+        known = list(STEPS) if bound.scenario == "train" else NAMES
+        assert bound.scenario in SCENARIOS
+        assert {bound.of, bound.to} <= set(known)
+        assert (bound.at_most is None) != (bound.at_least is None)
+
+
+def test_rounds_are_interleaved_and_shuffled() -> None:
+    ran: list[str] = []
+    tasks = {name: Task(lambda _, name=name: ran.append(name)) for name in "abcde"}  # type: ignore[misc]
+    tasks["slow"] = Task(lambda _: ran.append("slow"), rounds=1)
+    seconds = interleave(tasks, rounds=4, seed=0)
+    assert ran[:6] == [*"abcde", "slow"]  # warm-up
+    rounds = [ran[6:12], ran[12:17], ran[17:22], ran[22:]]
+    assert sorted(rounds[0]) == [*"abcde", "slow"]
+    assert all(sorted(later) == [*"abcde"] for later in rounds[1:])
+    assert len({tuple(later) for later in rounds[1:]}) == 3
+    assert [len(sample) for sample in seconds.values()] == [4] * 5 + [1]
+
+
+def test_a_ratio_is_taken_round_by_round() -> None:
+    assert ratios([2.0, 40.0, 6.0], [1.0, 20.0, 3.0]).median == 2.0
+    assert ratios([3.0], [1.0, 9.0]).median == 3.0
+
+
+def test_bounds_are_judged_by_the_measured_ratio() -> None:
+    results = {"forward": report.summary({"bare": [1.0, 1.0], "sum": [1.31, 1.31], "peft all": [1.8, 1.8]}, "bare")}
+    verdicts = {v["ratio"]: v["holds"] for v in report.judge(results)}
+    assert verdicts == {"sum / bare": False, "peft all / sum": True}
