@@ -104,20 +104,14 @@ class Mixture:
 
     @property
     def policy(self) -> Policy:
-        """How the experts are mixed; assign another policy to change it in place."""
+        """How the experts are mixed. Assign another to change it in place; learned gates of the old one are dropped."""
         return self._policy
 
     @policy.setter
     def policy(self, policy: Policy) -> None:
         self._attached()
         self._refuse_folded("change the policy")
-        before = self._policy
-        self._uninstall()
-        try:
-            self._install(policy)
-        except LoraweaveError:
-            self._install(before)
-            raise
+        self._install(policy)
 
     @property
     def gates(self) -> dict[str, nn.Module]:
@@ -170,31 +164,32 @@ class Mixture:
             self._mask(before)
 
     def _mask(self, kept: Tensor | None) -> None:
-        self._kept = kept
-        for site in self.sites:
-            if site.gate is not None:
-                site.gate.keep(kept)  # type: ignore[operator]
-        self._fix()
+        before, self._kept = self._kept, kept
+        try:
+            constants = [self._constant_weights(self._policy, site.plan) for site in self.sites]
+        except LoraweaveError:
+            self._kept = before
+            raise
+        self._apply_mask(constants)
 
-    def _fix(self) -> None:
-        """Hand constant weights, mask applied, to the layers."""
-        fixed = [(site, self._constant_weights(site)) for site in self.sites]
-        for site, weights in fixed:
+    def _apply_mask(self, constants: Sequence[Tensor | None]) -> None:
+        """Hand the mask to the gates, and constant weights (mask applied) to the layers."""
+        for site, weights in zip(self.sites, constants, strict=True):
+            if site.gate is not None:
+                site.gate.keep(self._kept)  # type: ignore[operator]
             site.constant = weights
             for layer in site.layers:
                 layer.fix(None if site.driven else weights)
 
-    def _constant_weights(self, site: Site) -> Tensor | None:
-        weights = self._policy.constant(site.plan)
+    def _constant_weights(self, policy: Policy, plan: SitePlan) -> Tensor | None:
+        weights = policy.constant(plan)
         if weights is None or self._kept is None:
             return weights
-        if not self._policy.normalized:
+        if not policy.normalized:
             return weights * self._kept
         if float((weights * self._kept).sum()) == 0:
-            kept = [name for name, keep in zip(self.experts, self._kept, strict=True) if keep]
-            raise LoraweaveError(
-                f"the experts kept ({', '.join(kept)}) have weight 0 at {site.name}; nothing would be left"
-            )
+            kept = ", ".join(name for name, keep in zip(self.experts, self._kept, strict=True) if keep)
+            raise LoraweaveError(f"the experts kept ({kept}) have weight 0 at {plan.name}; nothing would be left")
         return numerics.renormalize(weights, self._kept)
 
     # ---------------------------------------------------------------- looking inside
@@ -244,7 +239,7 @@ class Mixture:
             raise LoraweaveError("this mixture is not folded")
         self._folded.restore()
         self._folded = None
-        self._fix()
+        self._mask(self._kept)
 
     def merged_expert(self, name: str = "mixture") -> Expert:
         """The mixture as one ordinary LoRA (ranks add up), for policies whose weights depend on nothing."""
@@ -285,6 +280,18 @@ class Mixture:
     # ---------------------------------------------------------------- the policy's sites
 
     def _install(self, policy: Policy) -> None:
+        """Put a policy's sites in the place of the present ones; whatever may fail is done first."""
+        sites = self._build(policy)
+        constants = [self._constant_weights(policy, site.plan) for site in sites]
+        self._uninstall()
+        self._policy, self.sites = policy, sites
+        for site in sites:
+            site.bind()
+        if policy.mix == "outputs":
+            self._mix_blocks()
+        self._apply_mask(constants)
+
+    def _build(self, policy: Policy) -> tuple[Site, ...]:
         layers = self._attached().layers
         places = [self._anatomy.place(path) for path in layers]
         streams = {spec.name: spec for spec in self._anatomy.streams}
@@ -306,14 +313,8 @@ class Mixture:
             )
             site = Site(plan, layers, self._streams[spec.name])
             site.gate = policy.gate(plan)
-            if site.gate is not None:
-                site.leader.add_module("gate", site.gate.train(self.model.training))
             sites.append(site)
-        self._policy = policy
-        self.sites = tuple(sites)
-        if policy.mix == "outputs":
-            self._mix_blocks()
-        self._mask(self._kept)
+        return tuple(sites)
 
     def _mix_blocks(self) -> None:
         by_block: dict[str, list[Site]] = {}
@@ -323,9 +324,8 @@ class Mixture:
         for path, sites in by_block.items():
             # Keys and values of cross-attention follow the block's own gate.
             for follower in sites[1:]:
-                if follower.gate is not None:
-                    del follower.leader._modules["gate"]
-                    follower.gate = None
+                follower.leader._modules.pop("gate", None)
+                follower.gate = None
             self._mixers.append(BlockMixer(self.model.get_submodule(path), sites[0], sites[1:]))
 
     def _uninstall(self) -> None:
@@ -333,10 +333,7 @@ class Mixture:
             mixer.close()
         self._mixers = []
         for site in self.sites:
-            site.leader._modules.pop("gate", None)
-            for layer in site.layers:
-                layer.site = None
-                layer.fix(None)
+            site.release()
         self.sites = ()
 
     # ---------------------------------------------------------------- helpers

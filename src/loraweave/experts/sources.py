@@ -144,7 +144,7 @@ def _refuse_pickles_on_hub(source: str, repo: str, prefix: str, revision: str | 
     except Exception:  # noqa: BLE001  # only a better message was at stake; the caller reports the missing file
         return
     if pickled:
-        raise pickle_refused(Path(source) / name)
+        raise pickle_refused(Path(source) / name, f"hf download {repo} --local-dir {repo.rpartition('/')[2]}")
 
 
 def _missing(folder: Path, name: str) -> LoraweaveError:

@@ -126,14 +126,19 @@ def hash_files(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def pickle_refused(path: Path) -> LoraweaveError:
-    """The error for a pickled weight file; it says how to convert one."""
-    target = path.with_suffix(".safetensors").name
+def pickle_refused(path: Path, fetch: str = "") -> LoraweaveError:
+    """The error for a pickled weight file; it says how to convert one.
+
+    Args:
+        path: the file.
+        fetch: the command that brings it here first, if it is not.
+    """
+    first = f"fetch it with `{fetch}`, then " if fetch else ""
     return LoraweaveError(
-        f"{path}: pickled weights are refused, they can run code when loaded; convert them once, in their folder: "
-        f"`import torch; from safetensors.torch import save_file` then "
+        f"{path}: pickled weights are refused, they can run code when loaded; {first}convert them once, in their "
+        f"folder: `import torch; from safetensors.torch import save_file` and "
         f"`save_file({{k: v.contiguous() for k, v in torch.load('{path.name}', map_location='cpu', "
-        f"weights_only=True).items()}}, '{target}')`"
+        f"weights_only=True).items()}}, '{path.with_suffix('.safetensors').name}')`"
     )
 
 

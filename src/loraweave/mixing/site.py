@@ -75,8 +75,20 @@ class Site:
         self.observers: list[Callable[[Site], None]] = []
         self._row_weights: dict[Layout, Tensor] = {}
         self._tokens = 1
+
+    def bind(self) -> None:
+        """Take over the layers: from here on they ask this site for their weights."""
         for layer in self.layers:
             layer.site = self
+        if self.gate is not None:
+            self.leader.add_module("gate", self.gate.train(self.leader.training))
+
+    def release(self) -> None:
+        """Let go of the layers."""
+        self.leader._modules.pop("gate", None)
+        for layer in self.layers:
+            layer.site = None
+            layer.fix(None)
 
     def decide(self, x: Tensor, a: Tensor, y: Tensor) -> None:
         """Let the gate read the leader's input ``x``, rank outputs ``a`` and (of an embedding) output ``y``."""

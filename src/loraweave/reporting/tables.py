@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from rich import box
@@ -12,6 +12,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from loraweave.errors import LoraweaveError
 from loraweave.evaluation.comparison import SINGLE
 
 Layout = Literal["auto", "methods", "tasks"]
@@ -31,105 +32,137 @@ def results_table(
     Args:
         results: from :func:`loraweave.evaluation.comparison.summarise`, or ``results.json`` read back.
         title: stands above the table.
-        layout: ``"tasks"`` turns the table round, tasks as rows; ``"auto"`` does so where the other is too wide.
+        layout: ``"methods"`` is as above; ``"tasks"`` is for narrow terminals: tasks as rows, and of the single experts
+            just the one with the highest retention; ``"auto"`` takes it where the other is too wide.
         width: characters there are, for ``"auto"``; default: the terminal's.
+
+    Raises:
+        LoraweaveError: ``results`` lacks ``scores`` or ``retention``.
     """
-    table = _render(_grid(results), title, turned=layout == "tasks")
-    if layout != "auto":
+    rows, columns = _rows(results), _columns(results)
+    if layout == "tasks":
+        return _by_tasks(rows, columns, title)
+    table = _by_methods(rows, columns, title)
+    if layout == "methods":
         return table
     console = Console()
-    there = width or console.width
     needed = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
-    return table if needed <= there else _render(_grid(results), title, turned=True)
+    return table if needed <= (width or console.width) else _by_tasks(rows, columns, title)
 
 
-def to_markdown(results: Mapping[str, Any], *, spread: bool = True) -> str:
-    """The same as a Markdown table, tasks as columns, the best of each column in bold.
+def to_markdown(results: Mapping[str, Any], *, deviations: bool = True) -> str:
+    """The same as a Markdown table, methods as rows, the best of each column in bold.
 
     Args:
         results: as in :func:`results_table`.
-        spread: show ``± std`` beside scores, not just beside retention.
+        deviations: show ``± std`` beside scores too, not just beside retention.
+
+    Raises:
+        LoraweaveError: as :func:`results_table`.
     """
-    grid = _grid(results, spread=spread)
-    lines = [["method", *map(_escaped, grid.columns)], ["---", *["---:"] * len(grid.columns)]]
-    for row in grid.rows:
-        cells = (f"**{cell}**" if best else cell for cell, best in zip(row.cells, row.best, strict=True))
-        lines.append([_escaped(row.name), *cells])
+    columns = _columns(results)
+    lines = [["method", *map(_escaped, columns)], ["---", *["---:"] * len(columns)]]
+    for row in _rows(results):
+        last = len(row.cells) - 1
+        texts = (cell.value + (cell.deviation if deviations or n == last else "") for n, cell in enumerate(row.cells))
+        marked = (f"**{text}**" if cell.best else text for text, cell in zip(texts, row.cells, strict=True))
+        lines.append([_escaped(row.name), *marked])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 @dataclass(frozen=True)
-class _Row:
-    name: str
-    group: int
-    cells: Sequence[str]
-    best: Sequence[bool]
+class _Cell:
+    """``deviation`` is ``" ± std"``, or empty for a single run."""
+
+    value: str
+    deviation: str = ""
+    best: bool = False
 
 
 @dataclass(frozen=True)
-class _Grid:
-    """What a table says, before it has a form: the text of every cell, and whether it is the best of its column."""
+class _Row:
+    """A method: its tasks' cells, then retention. ``kind`` 0 competes, 1 is a single expert, 2 the yardstick."""
 
-    columns: Sequence[str]
-    rows: Sequence[_Row]
+    name: str
+    kind: int
+    cells: Sequence[_Cell]
+    retention: float
 
 
-def _grid(results: Mapping[str, Any], *, spread: bool = False) -> _Grid:
+def _columns(results: Mapping[str, Any]) -> list[str]:
+    return [*next(iter(results["scores"].values())), "retention"]
+
+
+def _rows(results: Mapping[str, Any]) -> list[_Row]:
+    for key in ("scores", "retention"):
+        if not results.get(key):
+            raise LoraweaveError(f"results: expected {key!r} of at least one method; is this a results.json?")
     scores, retention = results["scores"], results["retention"]
     tasks = list(next(iter(scores.values())))
     competing = [method for method in scores if not method.startswith(SINGLE)]
     rows = []
-    for group, methods in enumerate((competing, [method for method in scores if method not in competing])):
-        for method in methods:
-            cells = [_number(scores[method][task], 1, spread) for task in tasks]
-            best = [
-                not group and _is_best(scores[method][task], [scores[m][task] for m in competing], 1) for task in tasks
-            ]
-            cells.append(_number(retention[method], 3, True))
-            best.append(not group and _is_best(retention[method], [retention[m] for m in competing], 3))
-            rows.append(_Row(method, group, cells, best))
-    own = results.get("own", {})
+    for method in sorted(scores, key=lambda method: method not in competing):
+        rivals = competing if method in competing and len(competing) > 1 else []
+        cells = [_cell(scores[method][task], [scores[m][task] for m in rivals], 1) for task in tasks]
+        cells.append(_cell(retention[method], [retention[m] for m in rivals], 3))
+        rows.append(_Row(method, int(method not in competing), cells, retention[method]["mean"]))
+    own = results.get("own")
     if own:
-        yardstick = [f"{own[task]:.1f}" if task in own else "-" for task in tasks]
-        rows.append(_Row(OWN, 2, [*yardstick, f"{1:.3f}"], [False] * (len(tasks) + 1)))
-    return _Grid([*tasks, "retention"], rows)
+        yardstick = [_Cell(f"{own[task]:.1f}" if task in own else "-") for task in tasks]
+        rows.append(_Row(OWN, 2, [*yardstick, _Cell("1.000")], 1.0))
+    return rows
 
 
-def _number(spread: Mapping[str, Any], digits: int, with_deviation: bool) -> str:
-    several = len(spread.get("per_seed", ())) > 1
-    deviation = f" ± {spread['std']:.{digits}f}" if with_deviation and several else ""
-    return f"{spread['mean']:.{digits}f}{deviation}"
-
-
-def _is_best(spread: Mapping[str, Any], rivals: Sequence[Mapping[str, Any]], digits: int) -> bool:
+def _cell(spread: Mapping[str, Any], rivals: Sequence[Mapping[str, Any]], digits: int) -> _Cell:
+    value = f"{spread['mean']:.{digits}f}"
+    deviation = f" ± {spread['std']:.{digits}f}" if len(spread.get("per_seed", ())) > 1 else ""
     # Compared as shown: two equal numbers of which one is marked would puzzle.
-    return len(rivals) > 1 and round(spread["mean"], digits) == max(round(rival["mean"], digits) for rival in rivals)
+    best = bool(rivals) and float(value) == max(float(f"{rival['mean']:.{digits}f}") for rival in rivals)
+    return _Cell(value, deviation, best)
+
+
+def _by_methods(rows: Sequence[_Row], columns: Sequence[str], title: str | None) -> Table:
+    table = _empty("method", columns, title)
+    for row, after in zip(rows, [*rows[1:], None], strict=True):
+        *scores, retention = row.cells
+        end = after is not None and after.kind != row.kind
+        shown = [*(replace(cell, deviation="") for cell in scores), retention]
+        table.add_row(Text(row.name), *map(_text, shown), end_section=end)
+    return table
+
+
+def _by_tasks(rows: Sequence[_Row], columns: Sequence[str], title: str | None) -> Table:
+    best_single = max((row for row in rows if row.kind == 1), key=lambda row: row.retention, default=None)
+    shown = [row for row in rows if row.kind != 1 or row is best_single]
+    table = _empty("task", [_breakable(row.name) for row in shown], title)
+    for n, column in enumerate(columns):
+        before_last = n == len(columns) - 2
+        cells = (_text(replace(row.cells[n], deviation="")) for row in shown)
+        table.add_row(Text(column), *cells, end_section=before_last)
+    if any(row.cells[-1].deviation for row in shown):
+        deviations = (_text(_Cell(row.cells[-1].deviation.removeprefix(" ± "))) for row in shown)
+        table.add_row(Text("  ± over seeds"), *deviations)
+    return table
+
+
+def _empty(corner: str, columns: Sequence[str], title: str | None) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
+    table.add_column(corner, no_wrap=True)
+    for column in columns:
+        table.add_column(Text(column), justify="right", overflow="fold")
+    return table
+
+
+def _text(cell: _Cell) -> Text:
+    # The blank keeps digits of marked and unmarked cells in line.
+    whole = cell.value + cell.deviation
+    return Text(f"{whole}{BEST}", style="bold", no_wrap=True) if cell.best else Text(f"{whole} ", no_wrap=True)
+
+
+def _breakable(name: str) -> str:
+    """A long name with blanks at its joints, where a narrow column may break it."""
+    return name if len(name) <= 12 else name.replace("_", "_ ").replace(":", ": ")
 
 
 def _escaped(name: str) -> str:
     return name.replace("|", "\\|")
-
-
-def _render(grid: _Grid, title: str | None, *, turned: bool) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
-    table.add_column("task" if turned else "method", overflow="fold")
-    if turned:
-        for row in grid.rows:
-            table.add_column(Text(row.name), justify="right", overflow="fold")
-        for n, column in enumerate(grid.columns):
-            last = n == len(grid.columns) - 1
-            table.add_row(
-                Text(column), *(_cell(row, n) for row in grid.rows), end_section=last or n == len(grid.columns) - 2
-            )
-        return table
-    for column in grid.columns:
-        table.add_column(Text(column), justify="right", overflow="fold")
-    for row, after in zip(grid.rows, [*grid.rows[1:], None], strict=True):
-        end = after is None or after.group != row.group
-        table.add_row(Text(row.name), *(_cell(row, n) for n in range(len(grid.columns))), end_section=end)
-    return table
-
-
-def _cell(row: _Row, n: int) -> Text:
-    # The blank keeps digits of marked and unmarked cells in line.
-    return Text(row.cells[n] + BEST, style="bold") if row.best[n] else Text(row.cells[n] + " ")
