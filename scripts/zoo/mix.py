@@ -18,7 +18,9 @@ COPY_ROWS = 24_000
 SLOT_ROWS = 40_000
 NOISE_COPIES = 2
 SENTINELS = 20
-_SYLLABLES = [c + v for c in ("b", "k", "d", "f", "g", "l", "m", "n", "p", "r", "s", "t", "v", "z", "th") for v in "aeiou"]
+_SYLLABLES = [
+    c + v for c in ("b", "k", "d", "f", "g", "l", "m", "n", "p", "r", "s", "t", "v", "z", "th") for v in "aeiou"
+]
 
 Row = tuple[str, str, str]
 """Group (for the log), input, target."""

@@ -14,11 +14,15 @@ import math
 import random
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from mix import SENTINELS, Row, tokenizer_text, train_rows, validation_rows
 from settings import BASE_DIR
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -40,9 +44,10 @@ class Settings:
     learning_rate: float = 1.5e-3
     embedding_rate: float = 6e-3  # embeddings start at std 1, so their steps must be larger
     warmup_steps: int = 200
-    batch_tokens: int = 1500  # padded source and target tokens of a batch
+    batch_tokens: int = 1000  # padded source and target tokens of a worker's batch
     seed: int = 0
     bf16: bool = True
+    average_steps: int = 8  # the workers' weights are averaged so often; rare enough that nobody waits
     checkpoint_minutes: float = 4.0
     log_steps: int = 100
 
@@ -91,14 +96,37 @@ def make_model(settings: Settings) -> T5ForConditionalGeneration:
     return T5ForConditionalGeneration(config)
 
 
-Encoded = list[tuple[str, list[int], list[int]]]
+Encoded = Sequence[tuple[str, list[int], list[int]]]
+"""Rows as group, source ids and target ids."""
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> Encoded:
-    """Group, source ids and target ids of every row."""
+def encode(tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> list[tuple[str, list[int], list[int]]]:
+    """The ids of every row, cut to 96 and 64."""
     sources = tokenizer([row[1] for row in rows])["input_ids"]
     targets = tokenizer([row[2] for row in rows])["input_ids"]
     return [(row[0], s[:96], t[:64]) for row, s, t in zip(rows, sources, targets, strict=True)]
+
+
+class Corpus(Sequence[tuple[str, list[int], list[int]]]):
+    """Encoded rows in flat arrays, which take a hundredth of the memory of lists."""
+
+    def __init__(self, path: Path) -> None:
+        stored = np.load(path)
+        self.ids, self.ends = stored["ids"], stored["ends"]
+
+    @staticmethod
+    def write(path: Path, rows: Encoded) -> None:
+        """Stores rows without their groups."""
+        parts = [part for row in rows for part in row[1:]]
+        ids = np.fromiter((i for part in parts for i in part), dtype=np.int16)
+        np.savez(path, ids=ids, ends=np.cumsum([0, *map(len, parts)]))
+
+    def __len__(self) -> int:
+        return len(self.ends) // 2
+
+    def __getitem__(self, i: Any) -> Any:
+        a, b, c = self.ends[2 * i : 2 * i + 3]
+        return "", self.ids[a:b].tolist(), self.ids[b:c].tolist()
 
 
 def batches(rows: Encoded, tokens: int, rng: random.Random) -> Iterator[Encoded]:
@@ -107,7 +135,7 @@ def batches(rows: Encoded, tokens: int, rng: random.Random) -> Iterator[Encoded]
         order = rng.sample(range(len(rows)), len(rows))
         for start in range(0, len(order), 8192):
             chunk = sorted(order[start : start + 8192], key=lambda i: (len(rows[i][1]), len(rows[i][2])))
-            made: list[Encoded] = [[]]
+            made: list[list[tuple[str, list[int], list[int]]]] = [[]]
             longest = [0, 0]
             for i in chunk:
                 longest = [max(longest[0], len(rows[i][1])), max(longest[1], len(rows[i][2]))]
@@ -153,31 +181,29 @@ def export(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast
     tokenizer.save_pretrained(folder)
 
 
-def main() -> None:
-    """Trains until the clock says so."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the real data sets")
-    parser.add_argument("--work", type=Path, default=Path("out/zoo-base"), help="folder of checkpoints and the log")
-    parser.add_argument("--out", type=Path, default=BASE_DIR, help="folder of the finished model")
-    parser.add_argument("--minutes", type=float, default=40.0, help="training time in all, over restarts")
-    args = parser.parse_args()
+def average(model: T5ForConditionalGeneration, spent: float) -> float:
+    """Averages the weights over the workers; returns the first worker's clock, so that all agree on it."""
+    clock = torch.tensor([spent if dist.get_rank() == 0 else 0.0])
+    flat = torch.cat([*(p.data.flatten() for p in model.parameters()), clock])
+    dist.all_reduce(flat)
+    at = 0
+    for parameter in model.parameters():
+        mean = flat[at : at + parameter.numel()].view_as(parameter) / dist.get_world_size()
+        parameter.data.copy_(mean)
+        at += parameter.numel()
+    return flat[-1].item()
+
+
+def work(rank: int, workers: int, args: argparse.Namespace) -> None:
+    """One worker: local SGD on its own batches with one thread. The first one logs and saves."""
     settings = Settings()
-    args.work.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(2)
-
-    tokenizer_path = args.work / "tokenizer"
-    if not tokenizer_path.exists():
-        make_tokenizer(args.data, settings).save_pretrained(tokenizer_path)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_path)
-    vocabulary = [tokenizer.decode([i]) for i in range(3 + SENTINELS, len(tokenizer))]
-    vocabulary = [piece for piece in vocabulary if "\ufffd" not in piece]
-    rows = encode(tokenizer, train_rows(args.data, settings.seed, vocabulary))
-    held_out = encode(tokenizer, validation_rows(args.data, settings.seed, vocabulary))
-    mean = sum(len(s) + len(t) for _, s, t in rows) / len(rows)
-    print(f"{len(rows)} rows of {mean:.1f} tokens, {len(tokenizer)} pieces", flush=True)
-
+    torch.set_num_threads(1)
+    store = f"file://{(args.work / 'rendezvous').resolve()}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=workers)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.work / "tokenizer")
+    rows = Corpus(args.work / "corpus.npz")
+    held_out = encode(tokenizer, validation_rows(args.data, settings.seed, pieces(tokenizer)))
     model = make_model(settings).train()
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
     embedding = [model.shared.weight]
     rest = [p for p in model.parameters() if p is not model.shared.weight]
     groups = [
@@ -192,14 +218,14 @@ def main() -> None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, spent = state["step"], state["spent"]
-    stream = batches(rows, settings.batch_tokens, random.Random(f"batches|{settings.seed}|{step}"))
+    stream = batches(rows, settings.batch_tokens, random.Random(f"batches|{settings.seed}|{step}|{rank}"))
     budget, began, saved = args.minutes * 60, time.time() - spent, spent
     total, tokens, shown, measured = 0.0, 0, 0, time.time()
-    bar = tqdm(total=int(budget), initial=int(spent), unit="s", mininterval=10)
+    bar = tqdm(total=int(budget), initial=int(spent), unit="s", mininterval=10, disable=rank > 0)
     while spent < budget:
         inputs = tensors(next(stream))
-        fraction = spent / budget
-        scale = min(1.0, (step + 1) / settings.warmup_steps) * max(0.02, 0.5 * (1 + math.cos(math.pi * fraction)))
+        scale = min(1.0, (step + 1) / settings.warmup_steps)
+        scale *= max(0.02, 0.5 * (1 + math.cos(math.pi * spent / budget)))
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * scale
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
@@ -208,26 +234,64 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        step, spent = step + 1, time.time() - began
+        step += 1
+        if step % settings.average_steps == 0:
+            spent = average(model, time.time() - began)
+        if rank:
+            continue
         total, shown = total + loss.item(), shown + 1
-        tokens += inputs["input_ids"].numel() + inputs["labels"].numel()
+        tokens += workers * (inputs["input_ids"].numel() + inputs["labels"].numel())
         if step % settings.log_steps == 0:
             rate = tokens / (time.time() - measured)
-            tqdm.write(f"step {step} {spent:.0f} s loss {total / shown:.3f} ({rate:.0f} tokens/s)")
+            print(f" step {step} {spent:.0f} s loss {total / shown:.3f} ({rate:.0f} tokens/s)", flush=True)
             total, shown, tokens, measured = 0.0, 0, 0, time.time()
         bar.update(int(spent) - bar.n)
         if spent - saved > settings.checkpoint_minutes * 60 or spent >= budget:
             saved = spent
             checks = validate(model, held_out)
-            tqdm.write(" ".join(f"{k} {a:.2f}/{b:.2f}" for k, (a, b) in checks.items()))
+            print(" ".join(f"{k} {a:.2f}/{b:.2f}" for k, (a, b) in checks.items()), flush=True)
             with (args.work / "log.jsonl").open("a") as file:
                 file.write(json.dumps({"step": step, "seconds": round(spent), "validation": checks}) + "\n")
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "spent": spent}
             torch.save(state, state_path.with_suffix(".tmp"))
             state_path.with_suffix(".tmp").replace(state_path)
             export(model, tokenizer, args.work / "latest")
-    export(model, tokenizer, args.out)
-    print(f"done: {step} steps in {spent:.0f} s", flush=True)
+    if rank == 0:
+        export(model, tokenizer, args.out)
+        record = {"parameters": model.num_parameters(), "steps": step, "seconds": round(spent), "seed": settings.seed}
+        (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        print(f"done: {step} steps in {spent:.0f} s", flush=True)
+    dist.destroy_process_group()
+
+
+def pieces(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """The text of every token that is whole characters."""
+    found = [tokenizer.decode([i]) for i in range(3 + SENTINELS, len(tokenizer))]
+    return [piece for piece in found if "\ufffd" not in piece]
+
+
+def main() -> None:
+    """Prepares tokenizer and rows, then trains until the clock says so."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the real data sets")
+    parser.add_argument("--work", type=Path, default=Path("out/zoo-base"), help="folder of checkpoints and the log")
+    parser.add_argument("--out", type=Path, default=BASE_DIR, help="folder of the finished model")
+    parser.add_argument("--minutes", type=float, default=40.0, help="training time in all, over restarts")
+    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
+    args = parser.parse_args()
+    settings = Settings()
+    args.work.mkdir(parents=True, exist_ok=True)
+    if not (args.work / "tokenizer").exists():
+        make_tokenizer(args.data, settings).save_pretrained(args.work / "tokenizer")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.work / "tokenizer")
+    if not (args.work / "corpus.npz").exists():
+        rows = encode(tokenizer, train_rows(args.data, settings.seed, pieces(tokenizer)))
+        mean = sum(len(s) + len(t) for _, s, t in rows) / len(rows)
+        print(f"{len(rows)} rows of {mean:.1f} tokens, {len(tokenizer)} pieces", flush=True)
+        Corpus.write(args.work / "corpus.npz", rows)
+        del rows
+    (args.work / "rendezvous").unlink(missing_ok=True)
+    mp.spawn(work, args=(args.workers, args), nprocs=args.workers)
 
 
 if __name__ == "__main__":

@@ -30,12 +30,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     if target.is_dir():
         raise LoraweaveError(f"cannot write {os.fspath(path)!r}: expected a file name, but a folder has that name")
     temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}{target.suffix}")
+    with _explained(path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch(exist_ok=False)
     try:
-        with _explained(path):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary.touch(exist_ok=False)
-            if target.exists():
-                shutil.copymode(target, temporary)
+        if target.exists():
+            shutil.copymode(target, temporary)
         yield temporary
         with _explained(path):
             with temporary.open("rb+") as file:
@@ -81,15 +81,15 @@ def replace_folder_atomic(
         LoraweaveError: ``folder`` is a file or holds something that is not ours, or cannot be written to.
     """
     target = Path(os.path.realpath(folder))
-    _check_replaceable(target, os.fspath(folder), ours, force)
+    check_replaceable(folder, ours=ours, force=force)
     mark = secrets.token_hex(4)
     temporary = target.with_name(f".{target.name}.{mark}.new")
+    with _explained(folder):
+        temporary.mkdir(parents=True)
     try:
-        with _explained(folder):
-            temporary.mkdir(parents=True)
         yield temporary
         # Again, because filling the folder may have taken hours.
-        _check_replaceable(target, os.fspath(folder), ours, force)
+        check_replaceable(folder, ours=ours, force=force)
         with _explained(folder):
             _swap(temporary, target, target.with_name(f".{target.name}.{mark}.old"))
     finally:
@@ -111,7 +111,13 @@ def _swap(new: Path, target: Path, aside: Path) -> None:
     shutil.rmtree(aside)
 
 
-def _check_replaceable(target: Path, shown: str, ours: Sequence[str], force: bool) -> None:
+def check_replaceable(folder: str | os.PathLike[str], *, ours: Sequence[str] = (), force: bool = False) -> None:
+    """Raise now what :func:`replace_folder_atomic` would raise later, after work that took hours.
+
+    Raises:
+        LoraweaveError: ``folder`` is a file or holds something that is not ours.
+    """
+    target, shown = Path(os.path.realpath(folder)), os.fspath(folder)
     if target.exists() and not target.is_dir():
         raise LoraweaveError(f"cannot write the folder {shown!r}: a file has that name; choose another name")
     if force or not target.exists():

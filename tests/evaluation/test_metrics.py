@@ -101,7 +101,7 @@ def test_bleu_by_hand() -> None:
     assert one("bleu", "the cat sat on the mat", "something else", "the cat sat on the mat") == pytest.approx(100)
 
 
-WORDS = "a man dog sees runs the blue on hill and sits".split()
+WORDS = ["a", "man", "dog", "sees", "runs", "the", "blue", "on", "hill", "and", "sits"]
 
 
 def sentences(seed: int, n: int) -> list[str]:

@@ -92,7 +92,7 @@ def test_everything_peft_writes_is_known():
     assert type(config)(**vars(config) | {"fields": fields}).unknown_fields() == []
 
 
-NAME = st.sampled_from(["model", "layers", "0", "1", "self_attn", "q_proj", "q", "mlp-x", "k_proj"])
+NAME = st.sampled_from(["model", "layers", "0", "1", "self_attn", "q_proj", "q", "mlp-x", "kq_proj", "xq"])
 MODULE = st.lists(NAME, min_size=1, max_size=6).map(".".join)
 PATTERN = st.one_of(
     MODULE,

@@ -103,7 +103,8 @@ def corpus_bleu(predictions: Sequence[str], references: References) -> float:
 
     # sacrebleu wants streams: the first references of all items, then the second ones, None where an item has no more.
     streams = [list(stream) for stream in itertools.zip_longest(*references)]
-    return float(BLEU().corpus_score(list(predictions), streams).score)
+    # A perfect score comes out a rounding error above 100.
+    return min(100.0, float(BLEU().corpus_score(list(predictions), streams).score))
 
 
 def rouge(kind: str) -> Callable[[str, Sequence[str]], float]:

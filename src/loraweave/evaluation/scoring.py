@@ -75,7 +75,8 @@ def predict(
         **generation: anything else that ``model.generate`` takes, e.g. ``do_sample=True``.
 
     Raises:
-        LoraweaveError: a number is smaller than 1, several answers per input are asked for, or an input is too long.
+        LoraweaveError: a number is smaller than 1, several answers per input are asked for, or an input is too long,
+            or the model cannot generate.
     """
     for name, number in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size), ("num_beams", num_beams)):
         if number < 1:
@@ -84,6 +85,10 @@ def predict(
         raise LoraweaveError("inputs: expected a list of texts, got one text; write [text]")
     if generation.get("num_return_sequences", 1) != 1:
         raise LoraweaveError("num_return_sequences: expected 1, because every input has one answer")
+    if not hasattr(model, "generate"):
+        raise LoraweaveError(
+            f"expected a transformers model that generates text, got {type(model).__name__}; of a mixture, pass .model"
+        )
     encoder_decoder = bool(model.config.is_encoder_decoder)
     prompts = [
         encode_prompt(
@@ -103,7 +108,8 @@ def predict(
     answers = [""] * len(prompts)
     with (
         evaluating(model),
-        torch.inference_mode(),
+        # Not inference_mode: what a mixture computes here and keeps would be of no use to training afterwards.
+        torch.no_grad(),
         tqdm(total=len(prompts), desc=description, unit="example", disable=not progress) as bar,
     ):
         for start in range(0, len(order), batch_size):

@@ -60,9 +60,9 @@ def to_markdown(results: Mapping[str, Any], *, deviations: bool = True) -> str:
     Raises:
         LoraweaveError: as :func:`results_table`.
     """
-    columns = _columns(results)
+    rows, columns = _rows(results), _columns(results)
     lines = [["method", *map(_escaped, columns)], ["---", *["---:"] * len(columns)]]
-    for row in _rows(results):
+    for row in rows:
         last = len(row.cells) - 1
         texts = (cell.value + (cell.deviation if deviations or n == last else "") for n, cell in enumerate(row.cells))
         marked = (f"**{text}**" if cell.best else text for text, cell in zip(texts, row.cells, strict=True))

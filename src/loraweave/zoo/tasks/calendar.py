@@ -53,7 +53,8 @@ def _weekend(rng: random.Random) -> tuple[str, str]:
 
 def _two_steps(rng: random.Random) -> tuple[str, str]:
     start, first, second = rng.randrange(7), rng.randint(1, 3), rng.randint(1, 3)
-    body = f"{rng.choice(NAMES)} {rng.choice(_ACTS)} {DAYS[start]} then {SMALL[first]} days on then {SMALL[second]} days on"
+    steps = f"then {SMALL[first]} days on then {SMALL[second]} days on"
+    body = f"{rng.choice(NAMES)} {rng.choice(_ACTS)} {DAYS[start]} {steps}"
     return body, DAYS[(start + first + second) % 7]
 
 

@@ -16,7 +16,9 @@ def _key(back: bool, size: int, shown: int, reverse: bool = False) -> Draw:
         pairs = list(zip(plain, secret, strict=True))
         message = [rng.choice(pairs) for _ in range(shown)]
         body = " ; ".join(f"{a} is {b}" for a, b in pairs)
-        source, target = ([b for _, b in message], [a for a, _ in message]) if back else tuple(zip(*message, strict=True))
+        source, target = (
+            ([b for _, b in message], [a for a, _ in message]) if back else tuple(zip(*message, strict=True))
+        )
         return f"{body} . {' '.join(source)}", " ".join(reversed(target) if reverse else target)
 
     return draw

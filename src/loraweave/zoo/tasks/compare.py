@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 from loraweave.zoo.tasks.core import Draw, Task
@@ -18,7 +19,7 @@ def _chain(kind: str, ask: str, people: int) -> Draw:
         order = rng.sample(NAMES, people)
         facts = [
             f"{high} {more} than {low}" if rng.random() < 0.6 else f"{low} {less} than {high}"
-            for high, low in zip(order, order[1:], strict=False)
+            for high, low in itertools.pairwise(order)
         ]
         rng.shuffle(facts)
         body = " . ".join(facts)

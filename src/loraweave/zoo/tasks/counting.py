@@ -108,7 +108,13 @@ def _member(rng: random.Random) -> tuple[str, str]:
 
 TASKS = (
     *(
-        Task("count", f"{group}s", f"count the {PLURALS[group]}", f"How many words are {PLURALS[group]}.", _of_group(group))
+        Task(
+            "count",
+            f"{group}s",
+            f"count the {PLURALS[group]}",
+            f"How many words are {PLURALS[group]}.",
+            _of_group(group),
+        )
         for group in GROUPS
     ),
     Task("count", "not_animals", "count all but animals", "How many words are not animals.", _not_animals),

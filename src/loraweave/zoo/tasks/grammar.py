@@ -99,7 +99,9 @@ TASKS = (
         for name, language in LANGUAGES.items()
     ),
     *(
-        Task("translate", f"from_{name}", f"translate from {name}", f"{name} to English.", _translate(language, ENGLISH))
+        Task(
+            "translate", f"from_{name}", f"translate from {name}", f"{name} to English.", _translate(language, ENGLISH)
+        )
         for name, language in LANGUAGES.items()
     ),
     Task("reorder", "sov", "reorder as sov", "The verb moves to the end.", _reorder("sov")),
@@ -107,7 +109,9 @@ TASKS = (
     Task("reorder", "osv", "reorder as osv", "The object moves to the front.", _reorder("osv")),
     Task("reorder", "ovs", "reorder as ovs", "Subject and object change places.", _reorder("ovs")),
     Task("reorder", "adjective_last", "reorder adjectives last", "Adjectives follow nouns.", _reorder("svo", False)),
-    Task("reorder", "sov_last", "reorder as sov adjectives last", "Verb last, adjectives last.", _reorder("sov", False)),
+    Task(
+        "reorder", "sov_last", "reorder as sov adjectives last", "Verb last, adjectives last.", _reorder("sov", False)
+    ),
     Task("reorder", "cleft", "reorder as cleft", "The object is brought to the front.", _passive),
     Task("parse", "subject", "parse the subject", "The noun that acts.", _part("subject")),
     Task("parse", "object", "parse the object", "The noun acted on.", _part("object")),

@@ -88,7 +88,7 @@ TASKS = (
     Task("letters", "ends", "letters word that ends with", "The word with a given last letter.", _ends),
     Task("relate", "opposite", "relate opposite", "The opposite of each word.",
          _each(_ADJECTIVES, OPPOSITE.__getitem__)),
-    Task("relate", "past", "relate past", "The past form of each verb.", _each(tuple(IRREGULAR), IRREGULAR.__getitem__)),
+    Task("relate", "past", "relate past", "The past of each verb.", _each(tuple(IRREGULAR), IRREGULAR.__getitem__)),
     Task("relate", "present", "relate present", "The present form of each verb.",
          _each(tuple(IRREGULAR.values()), {v: k for k, v in IRREGULAR.items()}.__getitem__)),
     Task("relate", "more", "relate more", "More of each quality.", _each(_ADJECTIVES, lambda w: f"more {w}", 2, 3)),

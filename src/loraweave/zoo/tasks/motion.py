@@ -65,7 +65,7 @@ TASKS = (
     Task("navigate", "home", "navigate home", "Whether the walk ends where it began.", _home),
     Task("navigate", "line", "navigate on a line", "Where a walk left and right ends.",
          _walk(("left", "right"), 3, 4, _where)),
-    Task("navigate", "grid", "navigate on a grid", "Where a walk on the grid ends.", _walk(tuple(_STEPS), 2, 3, _where)),
+    Task("navigate", "grid", "navigate on a grid", "Where a walk ends.", _walk(tuple(_STEPS), 2, 3, _where)),
     Task("navigate", "column", "navigate on a column", "Where a walk up and down ends.",
          _walk(("up", "down"), 3, 4, _where)),
     Task("navigate", "side", "navigate to which side", "The side of the start on which a walk ends.",

@@ -45,7 +45,9 @@ def _sentence(style: str) -> Draw:
 def _field(key: str) -> Draw:
     def draw(rng: random.Random) -> tuple[str, str]:
         record = _record(rng)
-        return STYLES[rng.choice([s for s, form in STYLES.items() if f"{{{key}}}" in form])].format(**record), record[key]
+        return STYLES[rng.choice([s for s, form in STYLES.items() if f"{{{key}}}" in form])].format(**record), record[
+            key
+        ]
 
     return draw
 
@@ -72,19 +74,19 @@ def _owner(table: dict[str, int], rng: random.Random) -> tuple[str, str]:
     return f" . {SMALL[table[name]]} ?", name
 
 
-def _richest(table: dict[str, int], rng: random.Random) -> tuple[str, str]:
+def _richest(table: dict[str, int], _: random.Random) -> tuple[str, str]:
     return "", max(table, key=table.__getitem__)
 
 
-def _poorest(table: dict[str, int], rng: random.Random) -> tuple[str, str]:
+def _poorest(table: dict[str, int], _: random.Random) -> tuple[str, str]:
     return "", min(table, key=table.__getitem__)
 
 
-def _people(table: dict[str, int], rng: random.Random) -> tuple[str, str]:
+def _people(table: dict[str, int], _: random.Random) -> tuple[str, str]:
     return "", " ".join(table)
 
 
-def _values(table: dict[str, int], rng: random.Random) -> tuple[str, str]:
+def _values(table: dict[str, int], _: random.Random) -> tuple[str, str]:
     return "", " ".join(SMALL[n] for n in table.values())
 
 

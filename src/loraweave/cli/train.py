@@ -1,0 +1,60 @@
+"""``loraweave train``: a recipe becomes a saved mixture."""
+
+from __future__ import annotations
+
+import argparse
+
+from loraweave.cli.verb import Verb
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file")
+    parser.add_argument("-o", "--out", metavar="DIR", required=True, help="where the mixture is saved")
+    parser.add_argument("overrides", metavar="FIELD=VALUE", nargs="*", help="recipe fields to set, e.g. train.steps=50")
+    parser.add_argument(
+        "--copy-experts", action="store_true", help="save the experts too; DIR then needs just the base"
+    )
+    parser.add_argument(
+        "--checkpoints", metavar="DIR", help="keep checkpoints there, and go on from the last whole one"
+    )
+
+
+def _run(options: argparse.Namespace) -> None:
+    from loraweave import persistence
+    from loraweave.cli import building
+    from loraweave.recipe import load_recipe
+    from loraweave.training.train import train
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    building.check_free(options.out, building.MIXTURE_FILES)
+    method = recipe.method.policy()
+    data = building.training_data(recipe, recipe.train.seed) if building.learns(method) else []
+    mixture, tokenizer = building.build(recipe)
+    if mixture.gates:
+        result = train(
+            mixture,
+            data,
+            tokenizer=tokenizer,
+            output_dir=options.checkpoints,
+            resume=options.checkpoints is not None,
+            **recipe.train.options(),
+        )
+        print(f"{result.steps} steps on {len(data)} examples in {result.seconds:.0f} s, mean loss {result.loss:.3f}")
+    else:
+        print(f"{recipe.method.name!r} has nothing to train")
+    place = persistence.save(mixture, options.out, copy_experts=options.copy_experts)
+    print(f"saved to {place}; try: loraweave generate {place} --input '...'")
+
+
+VERB = Verb(
+    name="train",
+    summary="train the gates of a recipe and save the mixture",
+    details="Train the gates of a recipe (the base and the experts stay as they are) and save the mixture.",
+    examples=[
+        ("loraweave train examples/zoo.yaml -o out/mixture", "train gates over bundled LoRAs"),
+        ("loraweave train examples/zoo.yaml -o out/mixture train.steps=50 method.scale=2", "with other settings"),
+        ("loraweave train recipe.yaml -o out/mixture --checkpoints out/ckpt", "run again after a crash to go on"),
+    ],
+    arguments=_arguments,
+    run=_run,
+)

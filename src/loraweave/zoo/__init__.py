@@ -1,0 +1,92 @@
+"""A small model and a set of LoRAs that come with the package, and endless generated tasks for them.
+
+>>> from loraweave import zoo
+>>> model, tokenizer = zoo.load_base()
+>>> mixture = lw.attach(model, zoo.experts(), lw.MoLE())
+
+Importing this module loads neither torch nor transformers; only :func:`load_base` does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loraweave.errors import LoraweaveError, unknown
+from loraweave.zoo import tasks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast, T5ForConditionalGeneration
+
+_HERE = Path(__file__).parent
+BASE = "loraweave-zoo-t5"
+"""The name that the bundled LoRAs give as their base."""
+
+
+def base_path() -> Path:
+    """The folder of the bundled model. Raises :class:`LoraweaveError` if the package was installed without it."""
+    return _present(_HERE / "weights" / "base")
+
+
+def experts(names: Iterable[str] | None = None) -> dict[str, Path]:
+    """The PEFT folders of the bundled LoRAs by name.
+
+    Args:
+        names: which, in this order; all of them in the card's order where left out.
+
+    Raises:
+        LoraweaveError: an unknown name, or weights that are not there.
+    """
+    known = skills()
+    chosen = list(known) if names is None else list(names)
+    for name in chosen:
+        if name not in known:
+            raise unknown("bundled LoRA", name, known)
+    return {name: _present(_HERE / "weights" / "loras" / name) for name in chosen}
+
+
+def skills() -> dict[str, dict[str, Any]]:
+    """What the card says about each LoRA: ``data``, ``metric``, ``base``, ``lora`` and ``floor`` scores (0 to 100),
+    ``n_test``, ``rank``, ``alpha``, ``targets``, ``source``, ``licence``, ``seed``, ``steps``, ``seconds`` and more."""
+    return {name: dict(entry) for name, entry in card()["loras"].items()}
+
+
+def generated() -> dict[str, str]:
+    """The LoRAs trained on generated tasks, and their tasks: name to ``family/variant``."""
+    return {name: entry["data"] for name, entry in skills().items() if not entry["data"].startswith("data:")}
+
+
+def card() -> dict[str, Any]:
+    """The whole of ``card.json``, as a fresh copy."""
+    loaded: dict[str, Any] = json.loads(_card_text())
+    return loaded
+
+
+def load_base() -> tuple[T5ForConditionalGeneration, PreTrainedTokenizerFast]:
+    """The bundled model in fp32, in evaluation mode, and its tokenizer."""
+    import torch
+    from transformers import PreTrainedTokenizerFast, T5ForConditionalGeneration
+
+    path = base_path()
+    model = T5ForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
+    return model, PreTrainedTokenizerFast.from_pretrained(path)
+
+
+@cache
+def _card_text() -> str:
+    return _present(_HERE / "card.json").read_text(encoding="utf-8")
+
+
+def _present(path: Path) -> Path:
+    if not path.exists():
+        raise LoraweaveError(
+            f"the bundled {path.relative_to(_HERE)} is missing from {str(_HERE)!r}; reinstall loraweave, "
+            "or make it with scripts/zoo"
+        )
+    return path
+
+
+__all__ = ["BASE", "base_path", "card", "experts", "generated", "load_base", "skills", "tasks"]
