@@ -98,6 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         result = measure(options, Path(folder), console)
     report.show(result, console)
+    if result["environment"]["load_before"] > 0.5:
+        console.print(f"The machine was busy before (load {result['environment']['load_before']:.1f}); measure again.")
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(result, indent=1) + "\n")

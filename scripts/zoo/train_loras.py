@@ -1,4 +1,4 @@
-"""Trains the LoRAs of the bundled zoo on the finished base, one after another.
+"""Trains the LoRAs of the bundled zoo on the finished base.
 
     python scripts/zoo/train_loras.py --data ../shared/data            # those that are missing
     python scripts/zoo/train_loras.py --data ../shared/data --only hotel tv --again
@@ -17,7 +17,9 @@ import random
 import shutil
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -67,7 +69,7 @@ def train(lora: Lora, model: PeftModel, tokenizer: PreTrainedTokenizerFast, rows
     optimizer = torch.optim.AdamW(trained, lr=lora.learning_rate, weight_decay=0.0, fused=True)
     losses: list[float] = []
     model.train()
-    bar = tqdm(range(lora.steps), desc=lora.name, mininterval=5)
+    bar = tqdm(range(lora.steps), desc=lora.name, mininterval=15)
     for step in bar:
         scale = min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / lora.steps))
         for group in optimizer.param_groups:
@@ -100,6 +102,18 @@ def save(model: PeftModel, folder: Path, record: dict[str, float]) -> None:
     os.replace(staging, folder)
 
 
+def make(lora: Lora, args: argparse.Namespace) -> str:
+    """Trains and saves one LoRA; returns a line for the log."""
+    torch.set_num_threads(1)
+    began = time.time()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.base)
+    model = attach(args.base, lora)
+    loss = train(lora, model, tokenizer, rows_of(lora, args.data), not args.no_bf16)
+    seconds = time.time() - began
+    save(model, args.out / lora.name, {"steps": lora.steps, "seconds": round(seconds, 1), "final_loss": round(loss, 4)})
+    return f"{lora.name}: loss {loss:.3f} after {seconds:.0f} s"
+
+
 def main() -> None:
     """Trains what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -110,20 +124,15 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="also those that exist")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the steps, for a trial")
     parser.add_argument("--no-bf16", action="store_true")
+    parser.add_argument("--workers", type=int, default=2, help="LoRAs trained at a time, with one thread each")
     args = parser.parse_args()
-    torch.set_num_threads(2)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.base)
-    for chosen in LORAS:
-        folder = args.out / chosen.name
-        if (args.only and chosen.name not in args.only) or (folder.exists() and not args.again):
-            continue
-        lora = replace(chosen, steps=max(1, round(chosen.steps * args.scale)))
-        began = time.time()
-        model = attach(args.base, lora)
-        loss = train(lora, model, tokenizer, rows_of(lora, args.data), not args.no_bf16)
-        seconds = time.time() - began
-        save(model, folder, {"steps": lora.steps, "seconds": round(seconds, 1), "final_loss": round(loss, 4)})
-        tqdm.write(f"{lora.name}: loss {loss:.3f} after {seconds:.0f} s")
+    chosen = [lora for lora in LORAS if not args.only or lora.name in args.only]
+    chosen = [lora for lora in chosen if args.again or not (args.out / lora.name).exists()]
+    chosen.sort(key=lambda lora: -lora.steps * lora.batch_tokens)  # long ones first, so that the workers end together
+    with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
+        jobs = [pool.submit(make, replace(x, steps=max(1, round(x.steps * args.scale))), args) for x in chosen]
+        for job in tqdm(as_completed(jobs), total=len(jobs), desc="LoRAs"):
+            tqdm.write(job.result())
 
 
 if __name__ == "__main__":

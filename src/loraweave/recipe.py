@@ -36,7 +36,7 @@ class Method(_Part):
 
     model_config = ConfigDict(extra="allow")
 
-    name: str = Field(description="sum, linear, mole ...; the other fields are that policy's own options")
+    name: str = Field(default="mole", description="sum, linear, mole ...; further fields are the policy's own options")
 
     @model_validator(mode="after")
     def _known(self) -> Method:
@@ -163,7 +163,7 @@ class Recipe(_Part):
 
     base: str = Field(description="folder or hub id of the base model, or 'zoo'")
     experts: dict[str, str] = Field(description="name -> PEFT folder, hub id or zoo:NAME; or a list; or 'zoo'")
-    method: Method = Field(default_factory=lambda: Method(name="mole"), description="how to mix")
+    method: Method = Field(default_factory=Method, description="how to mix")
     compare: dict[str, Contender] = Field(
         default={}, description="label -> method (with 'train' for what it trains differently); or a list of names"
     )
@@ -247,9 +247,9 @@ class Recipe(_Part):
         return {task: expert for task, expert in owners.items() if expert in self.experts}
 
     def to_dict(self) -> dict[str, Any]:
-        """What was set, ready for JSON or YAML."""
+        """The method and what else was set, ready for JSON or YAML."""
         content: dict[str, Any] = self.model_dump(mode="json", exclude_unset=True)
-        return content
+        return content | {"method": self.method.model_dump()}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -345,4 +345,6 @@ def _problem(problem: Any, inside: str) -> str:
     said = problem["msg"].removeprefix("Input should be ")
     if problem["type"] in ("model_type", "dict_type"):
         said = "fields, 'name: value'"
+    elif said.startswith(("greater", "less")):
+        said = f"a number {said}"
     return f"{where}: expected {said}, got {given}"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 from typing import Any
 
 import pytest
 import torch
+from transformers import BartConfig, BartForConditionalGeneration
 
 from loraweave.errors import LoraweaveError
 from loraweave.evaluation.data import Example
@@ -91,27 +94,22 @@ def test_modes_come_back_after_an_exception(t5: Any) -> None:
         t5.eval()
 
 
-def test_greedy_whatever_the_model_likes(llama: Any, llama_tokenizer: Any, recwarn: pytest.WarningsRecorder) -> None:
+def test_greedy_whatever_the_model_likes(
+    llama: Any, llama_tokenizer: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = {"max_new_tokens": 8, "progress": False}
     expected = predict(llama, llama_tokenizer, INPUTS, **options)
-    original = llama.generation_config
-    llama.generation_config = type(original)(
-        do_sample=True,
-        temperature=5.0,
-        top_p=0.9,
-        top_k=50,
-        max_length=20,
-        num_beams=1,
-        eos_token_id=original.eos_token_id,
-    )
-    try:
+    chatty = copy.deepcopy(llama.generation_config)
+    chatty.update(do_sample=True, temperature=5.0, top_p=0.9, top_k=50, max_length=20, num_beams=2)
+    before = chatty.to_dict()
+    monkeypatch.setattr(llama, "generation_config", chatty)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with caplog.at_level(logging.WARNING, logger="transformers"):
         assert predict(llama, llama_tokenizer, INPUTS, **options) == expected
-        torch.manual_seed(0)
-        sampled = predict(llama, llama_tokenizer, INPUTS, do_sample=True, **options)
-    finally:
-        llama.generation_config = original
-    assert sampled != expected
-    assert not [str(w.message) for w in recwarn if "generation" in str(w.message).lower()]
+    assert caplog.records == []
+    torch.manual_seed(0)
+    assert predict(llama, llama_tokenizer, INPUTS, do_sample=True, **options) != expected
+    assert chatty.to_dict() == before
 
 
 def test_length_of_answers(llama: Any, llama_tokenizer: Any) -> None:
@@ -141,6 +139,33 @@ def test_progress_bar(t5: Any, t5_tokenizer: Any, capsys: pytest.CaptureFixture[
 
 def test_no_inputs_no_answers(t5: Any, t5_tokenizer: Any) -> None:
     assert predict(t5, t5_tokenizer, [], progress=False) == []
+
+
+def test_tables_of_positions_are_used_to_the_end(t5_tokenizer: Any) -> None:
+    config = BartConfig(
+        vocab_size=260,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        max_position_embeddings=24,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=1,
+        decoder_start_token_id=1,
+        forced_eos_token_id=None,
+    )
+    model = BartForConditionalGeneration(config).eval()
+    options: dict[str, Any] = {"progress": False, "min_new_tokens": 24}
+    # Encoder and decoder have a table each, so input and answer do not share the room.
+    assert len(predict(model, t5_tokenizer, ["y" * 23], max_new_tokens=24, **options)) == 1
+    with pytest.raises(LoraweaveError, match=r"inputs\[0\] has 25 tokens, but the model reads 24"):
+        predict(model, t5_tokenizer, ["y" * 24], max_new_tokens=24, **options)
+    with pytest.raises(LoraweaveError, match="max_new_tokens: 25 is more than the 24"):
+        predict(model, t5_tokenizer, ["y"], max_new_tokens=25, **options)
 
 
 def test_inputs_too_long_for_the_model(gpt2: Any, llama_tokenizer: Any, t5: Any, t5_tokenizer: Any) -> None:

@@ -114,6 +114,12 @@ def test_patterns_match_as_in_peft(patterns, module):
     assert config.alpha_of(module) == (expected or 8)
 
 
+@pytest.mark.parametrize("module", ["q", "a.q", "xq", "a.xq", "q.a", "qx"])
+@pytest.mark.parametrize("text", ["q", "^q", r"a\.q", r"^a\.q", "a.q", "(q)", "q$"])
+def test_a_pattern_ends_at_a_whole_name(text, module):
+    assert Pattern.parse(text).matches(module) == (get_pattern_key([text], module) == text != module or text == module)
+
+
 def test_thousands_of_patterns_are_quick():
     modules = [f"model.layers.{i}.mlp.experts.{j}.down_proj" for i in range(30) for j in range(40)]
     config = parse_config(PATH, MINIMAL | {"rank_pattern": {"^" + name.replace(".", r"\."): 2 for name in modules}})

@@ -19,7 +19,7 @@ def results() -> dict[str, Any]:
     return summarise(
         [
             Run("base", {"qa": 20.0, "nli": 10.0}),
-            Run(single("qa"), {"qa": 80.0, "nli": 5.0}),
+            Run(single("qa"), {"qa": 80.0, "nli": 48.0}),
             Run("sum", {"qa": 60.04, "nli": 48.0}),
             Run("mole", {"qa": 60.0, "nli": 40.0}, seed=0),
             Run("mole", {"qa": 60.0, "nli": 44.0}, seed=1),
@@ -49,7 +49,7 @@ def test_methods_as_rows() -> None:
         # 60.04 and 60.00 look the same, so both are marked.
         ["sum", "60.0*", "48.0*", "0.855*"],
         ["mole", "60.0*", "42.0", "0.795±0.028"],
-        ["only:qa", "80.0", "5.0", "0.550"],
+        ["only:qa", "80.0", "48.0", "0.980"],
         ["only:nli", "8.0", "50.0", "0.550"],
         ["own", "80.0", "50.0", "1.000"],
     ]
@@ -60,8 +60,8 @@ def test_tasks_as_rows_for_narrow_terminals() -> None:
     assert rows[0] == ["task", "base", "sum", "mole", "only:qa", "own"]
     assert rows[2:] == [
         ["qa", "20.0", "60.0*", "60.0*", "80.0", "80.0"],
-        ["nli", "10.0", "48.0*", "42.0", "5.0", "50.0"],
-        ["retention", "0.225", "0.855*", "0.795", "0.550", "1.000"],
+        ["nli", "10.0", "48.0*", "42.0", "48.0", "50.0"],
+        ["retention", "0.225", "0.855*", "0.795", "0.980", "1.000"],
         ["±over", "seeds", "0.028"],
     ]
 
@@ -83,7 +83,7 @@ def test_markdown() -> None:
         "| base | 20.0 | 10.0 | 0.225 |",
         "| sum | **60.0** | **48.0** | **0.855** |",
         "| mole | **60.0 ± 0.0** | 42.0 ± 2.8 | 0.795 ± 0.028 |",
-        "| only:qa | 80.0 | 5.0 | 0.550 |",
+        "| only:qa | 80.0 | 48.0 | 0.980 |",
         "| only:nli | 8.0 | 50.0 | 0.550 |",
         "| each expert alone | 80.0 | 50.0 | 1.000 |",
     ]

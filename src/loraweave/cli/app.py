@@ -35,9 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Read when transformers is first imported; its advice is for programmers.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     with warnings.catch_warnings():
-        warnings.showwarning = _show_warning  # type: ignore[assignment]
+        warnings.showwarning = _show_warning
         try:
-            options = _parse(arguments)
+            options = parse(arguments)
             options.run(options)
         except LoraweaveError as error:
             if "--debug" in arguments:
@@ -58,22 +58,22 @@ def parser() -> argparse.ArgumentParser:
     """The parser of all verbs."""
     width = max(map(len, VERBS))
     listed = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items())
-    first = paragraphs([verb.examples[0] for verb in VERBS.values() if verb.examples])
+    first = "\n".join(f"  {verb.examples[0][0]}" for verb in VERBS.values())
     whole = Parser(
         prog="loraweave",
         usage="loraweave VERB ...   (loraweave VERB --help says more)",
         description="Compose trained LoRAs into one model that keeps what each could do.",
-        epilog=f"verbs:\n{listed}\n\n{first}\n\n{_RECIPE}",
+        epilog=f"verbs:\n{listed}\n\nexamples:\n{first}\n\n{_RECIPE}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     whole.add_argument("--version", action="version", version=f"loraweave {__version__}")
-    verbs = whole.add_subparsers(metavar="VERB", help=argparse.SUPPRESS)
+    verbs = whole.add_subparsers(prog="loraweave", metavar="VERB", help=argparse.SUPPRESS)
     for verb in VERBS.values():
         one = verbs.add_parser(
             verb.name,
             description=verb.details,
-            epilog=paragraphs(verb.examples) if verb.examples else None,
+            epilog=paragraphs(verb.examples),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     return whole
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if not arguments:
         arguments = ["--help"]
     if not arguments[0].startswith("-") and arguments[0] not in VERBS:

@@ -19,7 +19,6 @@ from loraweave import persistence, zoo
 from loraweave.errors import LoraweaveError
 from loraweave.evaluation.data import Example, read_examples
 from loraweave.evaluation.scoring import predict
-from loraweave.files import check_replaceable
 from loraweave.mixture import Mixture
 from loraweave.recipe import ZOO, ZOO_PREFIX, Generation, Recipe, Task, load_recipe
 from loraweave.training.train import load_tokenizer
@@ -39,7 +38,7 @@ class Opened:
 
 
 @dataclass(frozen=True)
-class Test:
+class TestSet:
     """The test data of one task."""
 
     examples: Sequence[Example]
@@ -75,8 +74,14 @@ def load_base(name: str) -> tuple[Any, Any]:
         LoraweaveError: there is no such model, or it has no tokenizer.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers.utils import logging
 
+    if name == ZOO or not sys.stderr.isatty():
+        # A bar for each file that is read is worth it for large models, and for people.
+        logging.disable_progress_bar()
     place = str(zoo.base_path()) if name == ZOO else name
+    if Path(place).is_absolute() and not Path(place).is_dir():
+        raise LoraweaveError(f"base model {name!r}: no such folder; expected a transformers model, or a hub id")
     try:
         config = AutoConfig.from_pretrained(place)
     except (OSError, ValueError) as error:
@@ -91,12 +96,12 @@ def load_base(name: str) -> tuple[Any, Any]:
     return _place(model), tokenizer
 
 
-def learns(policy: Any) -> bool:
-    """Whether ``policy`` has gates to train; known before anything is attached."""
-    return hasattr(policy, "balance")
-
-
 # ---------------------------------------------------------------- data
+
+
+def names_training_data(recipe: Recipe) -> bool:
+    """Whether any task of the recipe has something to train on."""
+    return any(task.train is not None for task in recipe.data.by_task().values())
 
 
 def training_data(recipe: Recipe, seed: int) -> list[Example]:
@@ -112,9 +117,9 @@ def training_data(recipe: Recipe, seed: int) -> list[Example]:
     return [example for task in tasks for example in examples(str(task.train), "train", limit, seed)]
 
 
-def test_data(
+def held_out(
     recipe: Recipe | None, data: str | None = None, metric: str | None = None, limit: int | None = None
-) -> dict[str, Test]:
+) -> dict[str, TestSet]:
     """Task -> what to score, from ``data`` (a file, a generated task, another recipe) or else from ``recipe``.
 
     Raises:
@@ -130,7 +135,7 @@ def test_data(
     else:
         raise LoraweaveError("no test data: give --data FILE, a .jsonl with 'input' and 'target' in each row")
     found = {
-        name: Test(examples(task.test, "test", limit, 0), metric or task.metric or default or _own_metric(task.test))
+        name: TestSet(examples(task.test, "test", limit, 0), metric or task.metric or default or _own_metric(task.test))
         for name, task in tasks.items()
         if task.test is not None
     }
@@ -208,11 +213,6 @@ def average_weights(
         averages = seen.average()
         panels[name] = {site.name: averages[site.name] for site in mixture.sites if site.name in averages}
     return panels
-
-
-def check_free(folder: str, ours: Sequence[str]) -> None:
-    """Refuse an output folder that holds anything but what we write, before the work rather than after it."""
-    check_replaceable(folder, ours=ours)
 
 
 def _own_metric(source: str) -> str:

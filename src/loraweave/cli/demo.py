@@ -17,7 +17,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from loraweave.cli.compare import compare
+    from loraweave.cli.comparing import compare
     from loraweave.recipe import load_recipe
 
     overrides = []
@@ -33,8 +33,8 @@ def _run(options: argparse.Namespace) -> None:
 VERB = Verb(
     name="demo",
     summary="see it work, offline: 8 bundled LoRAs on the bundled model, 3 minutes on 2 cores",
-    details="Attach 8 bundled LoRAs to the bundled model, train MoLE gates on a few hundred generated examples per skill,\n"
-    "and compare with the bare model, each LoRA alone, the sum and the average. The same as 'loraweave compare' on a\n"
+    details="Attach 8 bundled LoRAs to the bundled model, train MoLE gates on generated examples of each skill, and\n"
+    "compare with the bare model, each LoRA alone, the sum and the average. The same as 'loraweave compare' on a\n"
     "recipe that comes with the package. Needs no network.",
     examples=[
         ("loraweave demo --out out/demo", "results.json, weights.png and the mixture in out/demo"),

@@ -37,7 +37,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.metric:
         get_metric(options.metric)
     recipe = building.recipe_of(options.mixture)
-    tests = building.test_data(recipe, options.data, options.metric, options.limit)
+    tests = building.held_out(recipe, options.data, options.metric, options.limit)
     opened = building.open_mixture(options.mixture, recipe)
     if recipe is not None and opened.mixture.gates:
         print("note: the gates of a recipe are untrained; train it and evaluate the folder", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraweave.cli.verb import Verb
@@ -57,26 +58,21 @@ def _show(reports: Sequence[ExpertReport]) -> None:
 
     console = Console()
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("LoRA", overflow="fold")
-    for name in ("format", "rank", "alpha", "scale"):
-        table.add_column(name, justify="right" if name != "format" else "left")
-    table.add_column("targets", overflow="fold")
-    for name in ("parameters", "MB"):
-        table.add_column(name, justify="right")
-    table.add_column("base", overflow="fold")
-    table.add_column("mixable")
-    for report in reports:
+    for name in ("LoRA", "format", "rank", "alpha", "scale", "targets", "params", "MB", "base", "mixable"):
+        numeric = name in ("rank", "alpha", "scale", "params", "MB")
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold", no_wrap=numeric)
+    for name, report in zip(_names(reports), reports, strict=True):
         kind = report.format if report.method in (None, "LORA") else f"{report.format} {report.method}"
         cells = [
-            report.source,
+            name,
             kind,
             _values(report.ranks),
             _values(report.alphas),
             _values(report.scales),
-            ", ".join(f"{target} ×{count}" for target, count in report.targets.items()) or "-",
-            f"{report.parameters:,}",
-            f"{report.size / 1e6:.2f}",
-            report.base or "-",
+            " ".join(report.targets) or "-",
+            _thousands(report.parameters),
+            f"{report.size / 1e6:.1f}",
+            Path(report.base).name if report.base and Path(report.base).is_absolute() else report.base or "-",
         ]
         verdict = Text("yes", style="green") if report.mixable else Text("no", style="bold red")
         table.add_row(*map(Text, cells), verdict)
@@ -87,6 +83,19 @@ def _show(reports: Sequence[ExpertReport]) -> None:
             console.print(Text(report.source, style="bold"))
             for note in notes:
                 console.print(Text(f"  - {note}"), soft_wrap=True)
+
+
+def _names(reports: Sequence[ExpertReport]) -> list[str]:
+    """The last parts of the sources where those tell them apart: paths in full would squeeze the rest."""
+    last = [report.source.rstrip("/").rpartition("/")[2] for report in reports]
+    return last if len(set(last)) == len(last) else [report.source for report in reports]
+
+
+def _thousands(number: int) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{letter}"
+    return str(number)
 
 
 def _values(counts: Mapping[Any, int]) -> str:

@@ -31,7 +31,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.input:
         inputs = {"": options.input}
     elif options.data or (recipe is not None and recipe.data.by_task()):
-        tests = building.test_data(recipe, options.data, None, options.limit)
+        tests = building.held_out(recipe, options.data, None, options.limit)
         inputs = {name: [example.input for example in test.examples] for name, test in tests.items()}
     opened = building.open_mixture(options.mixture, recipe)
     if opened.mixture.gates and not inputs:

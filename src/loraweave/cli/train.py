@@ -22,15 +22,17 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> None:
     from loraweave import persistence
     from loraweave.cli import building
+    from loraweave.files import check_replaceable
     from loraweave.recipe import load_recipe
     from loraweave.training.train import train
 
     recipe = load_recipe(options.recipe, options.overrides)
-    building.check_free(options.out, building.MIXTURE_FILES)
-    method = recipe.method.policy()
-    data = building.training_data(recipe, recipe.train.seed) if building.learns(method) else []
+    check_replaceable(options.out, ours=building.MIXTURE_FILES)
+    # Before the base is loaded, so that bad data shows at once.
+    data = building.training_data(recipe, recipe.train.seed) if building.names_training_data(recipe) else []
     mixture, tokenizer = building.build(recipe)
     if mixture.gates:
+        data = data or building.training_data(recipe, recipe.train.seed)
         result = train(
             mixture,
             data,
@@ -43,7 +45,7 @@ def _run(options: argparse.Namespace) -> None:
     else:
         print(f"{recipe.method.name!r} has nothing to train")
     place = persistence.save(mixture, options.out, copy_experts=options.copy_experts)
-    print(f"saved to {place}; try: loraweave generate {place} --input '...'")
+    print(f"saved to {place}; try: loraweave generate {place} --input TEXT")
 
 
 VERB = Verb(

@@ -182,6 +182,8 @@ def _check_room(model: Any, lengths: Sequence[int], max_new_tokens: int) -> None
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is None:
         return
+    if max_new_tokens > limit:
+        raise LoraweaveError(f"max_new_tokens: {max_new_tokens} is more than the {limit} tokens the model can handle")
     answer = 0 if model.config.is_encoder_decoder else max_new_tokens
     for number, length in enumerate(lengths):
         if length + answer > limit:

@@ -34,6 +34,11 @@ class Layout:
         """``[E, R]``: multiplies mixing weights ``[..., E]`` into rank-row weights ``[..., R]``, scales included."""
         return self._tensors(like)[0]
 
+    def row_weights(self, weights: Tensor) -> Tensor:
+        """``[E]`` -> ``[R]``: weights of the rank rows, scales included, in float64 on the CPU."""
+        scaled = weights.double().cpu() * torch.tensor(self.scales, dtype=torch.float64)
+        return scaled.repeat_interleave(torch.tensor(self.ranks))
+
     def padded_rows(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """``[E, r_max]`` row numbers of each expert and their scales; padding points at row 0 with scale 0."""
         return self._tensors(like)[1:]
@@ -41,16 +46,22 @@ class Layout:
     def _tensors(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         key = (like.device, like.dtype)
         if key not in self._on_device:
-            widest = max(self.ranks)
-            spread = torch.zeros(len(self.ranks), self.rows)
-            index = torch.zeros(len(self.ranks), widest, dtype=torch.long)
-            scale = torch.zeros(len(self.ranks), widest)
-            for i, (rank, s, start) in enumerate(zip(self.ranks, self.scales, self.offsets, strict=False)):
-                spread[i, start : start + rank] = s
-                index[i, :rank] = torch.arange(start, start + rank)
-                scale[i, :rank] = s
-            self._on_device[key] = (spread.to(like), index.to(like.device), scale.to(like))
+            # What is first needed under inference_mode must serve training later.
+            with torch.inference_mode(False):
+                self._on_device[key] = self._made(like)
         return self._on_device[key]
+
+    def _made(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        widest = max(self.ranks)
+        spread = torch.zeros(len(self.ranks), self.rows, dtype=torch.float64)
+        index = torch.zeros(len(self.ranks), widest, dtype=torch.long)
+        scale = torch.zeros(len(self.ranks), widest, dtype=torch.float64)
+        for i, (rank, s, start) in enumerate(zip(self.ranks, self.scales, self.offsets, strict=False)):
+            spread[i, start : start + rank] = s
+            index[i, :rank] = torch.arange(start, start + rank)
+            scale[i, :rank] = s
+        device, dtype = like.device, like.dtype
+        return spread.to(device, dtype), index.to(device), scale.to(device, dtype)
 
 
 @lru_cache(maxsize=4096)
@@ -104,5 +115,5 @@ class Bank(nn.Module):
 
     def delta(self, weights: Tensor) -> Tensor:
         """``[out, in]``: the dense update ``sum_i g_i s_i B_i A_i`` for constant mixing weights ``[E]``."""
-        rows = (weights.double() @ self.layout.spread(self.A).double()).unsqueeze(1)
+        rows = self.layout.row_weights(weights).to(self.A.device).unsqueeze(1)
         return self.Bt.double().T @ (rows * self.A.double())

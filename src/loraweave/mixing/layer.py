@@ -95,7 +95,7 @@ class MixingLayer(nn.Module):
         spans = [(starts[i], starts[i] + ranks[i]) for i in range(len(ranks)) if ranks[i] and weights[i] != 0]
         if not spans:
             return FixedTerm(None, None, None)
-        rank_weights = weights.double() @ bank.layout.spread(bank.A).cpu().double()
+        rank_weights = bank.layout.row_weights(weights)
         first, last = spans[0][0], spans[-1][1]
         if sum(stop - start for start, stop in spans) == last - first:
             A, Bt, w = bank.A[first:last], bank.Bt[first:last], rank_weights[first:last]

@@ -110,7 +110,9 @@ class Site:
     def row_weights(self, layout: Layout, a: Tensor) -> Tensor:
         """Weights of the rank rows, shaped to multiply ``a`` ``[..., R]``."""
         if layout not in self._row_weights:
-            self._row_weights[layout] = self._weights().dense.to(a.dtype) @ layout.spread(a)
+            dense = self._weights().dense
+            dense = dense.to(torch.promote_types(dense.dtype, a.dtype))
+            self._row_weights[layout] = (dense @ layout.spread(dense)).to(a.dtype)
         w = self._row_weights[layout]
         if a.ndim == 3:
             return w

@@ -66,7 +66,7 @@ def one_expert(layers: Mapping[str, MixingLayer], weights: Mapping[str, Tensor],
     factors = {}
     for path, layer in layers.items():
         bank = layer.bank
-        rows = (weights[path].double() @ bank.layout.spread(bank.A).cpu().double()).to(bank.A.device)
+        rows = bank.layout.row_weights(weights[path]).to(bank.A.device)
         used = rows.nonzero().squeeze(1)
         if len(used):
             A = (rows[used].unsqueeze(1) * bank.A[used].double()).to(bank.A.dtype)

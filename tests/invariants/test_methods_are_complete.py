@@ -1,0 +1,11 @@
+"""The invariants must run over every policy there is."""
+
+from __future__ import annotations
+
+from methods import METHODS
+
+from loraweave.policies import registry
+
+
+def test_every_registered_policy_is_tested() -> None:
+    assert {policy.name for policy in METHODS.values()} == set(registry.names())
