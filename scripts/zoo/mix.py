@@ -1,8 +1,9 @@
-"""The base model's training rows: generated tasks, copying of made-up names, denoising of plain text, and SNLI."""
+"""The base model's training rows: generated tasks, copying of made-up names, and SNLI."""
 
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import random
 from collections.abc import Iterator
@@ -13,10 +14,9 @@ from settings import HELD_OUT, SKILLS
 
 from loraweave.zoo import tasks
 
-ROWS_PER_TASK = 2600
-COPY_ROWS = 40_000
-SLOT_ROWS = 40_000
-NOISE_COPIES = 2
+WALKING = frozenset(
+    "arrange relate letters reorder sort number_words cipher translate sets pick lookup sequence record".split()
+)
 SENTINELS = 20
 _SYLLABLES = [
     c + v for c in ("b", "k", "d", "f", "g", "l", "m", "n", "p", "r", "s", "t", "v", "z", "th") for v in "aeiou"
@@ -87,26 +87,6 @@ def copy_row(rng: random.Random, vocabulary: list[str]) -> Row:
     return "copy", f"copy: {text}", text
 
 
-def noise_row(rng: random.Random, text: str) -> Row:
-    """Span corruption: about a quarter of the words hidden in spans of one to three."""
-    words = text.split()[:28]
-    source: list[str] = []
-    target: list[str] = []
-    at = mark = 0
-    while at < len(words):
-        if mark < SENTINELS and rng.random() < 0.15:
-            span = rng.randint(1, 3)
-            source.append(f"<extra_id_{mark}>")
-            target += [f"<extra_id_{mark}>", *words[at : at + span]]
-            mark, at = mark + 1, at + span
-        else:
-            source.append(words[at])
-            at += 1
-    if not mark:
-        source[-1:], target = ["<extra_id_0>"], ["<extra_id_0>", words[-1]]
-    return "denoise", " ".join(source), " ".join(target)
-
-
 def plain_text(data: Path) -> list[str]:
     """CommonGen's training sentences (MIT) and wonderland (public domain): all that may train shipped weights."""
     lines: list[str] = []
@@ -131,16 +111,30 @@ def tokenizer_text(data: Path) -> Iterator[str]:
         yield row["input"]
 
 
-def train_rows(data: Path, seed: int, vocabulary: list[str]) -> list[Row]:
-    """All training rows, shuffled."""
+def stream(data: Path, seed: str, vocabulary: list[str], rows: int) -> Iterator[list[Row]]:
+    """Endless batches of ``rows`` rows of generated tasks, all families together; every eighth has longer rows.
+
+    The longer ones (slots, copying, SNLI) come half as many at a time, so that short rows are not padded to their length.
+    Families that walk along their input are drawn three times as often as the others.
+    """
     rng = random.Random(f"mix|{seed}")
-    rows = task_rows(ROWS_PER_TASK, seed, "train")
-    rows += [slot_row(rng) for _ in range(SLOT_ROWS)]
-    rows += [copy_row(rng, vocabulary) for _ in range(COPY_ROWS)]
-    rows += [noise_row(rng, line) for _ in range(NOISE_COPIES) for line in plain_text(data)]
-    rows += 2 * [("snli", row["input"], row["target"]) for row in read_jsonl(data / "snli" / "train.jsonl")]
-    rng.shuffle(rows)
-    return rows
+    nli = [("snli", row["input"], row["target"]) for row in read_jsonl(data / "snli" / "train.jsonl")]
+    chosen = [tasks.get(name) for name in base_tasks()]
+    weights = list(itertools.accumulate(3 if task.family in WALKING else 1 for task in chosen))
+    while True:
+        for _ in range(7):
+            yield [_task_row(rng.choices(chosen, cum_weights=weights)[0], rng) for _ in range(rows)]
+        kinds = rng.choices(("slots", "copy", "snli"), (5, 2, 2), k=rows // 2)
+        makers = {"slots": slot_row, "copy": lambda r: copy_row(r, vocabulary), "snli": lambda r: r.choice(nli)}
+        yield [makers[kind](rng) for kind in kinds]
+
+
+def _task_row(task: tasks.Task, rng: random.Random) -> Row:
+    while True:
+        body, target = task.draw(rng)
+        text = f"{task.phrase}: {body}"
+        if tasks.split_of(text) == "train":
+            return task.family, text, target
 
 
 def validation_rows(data: Path, seed: int, vocabulary: list[str]) -> list[Row]:

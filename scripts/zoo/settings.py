@@ -22,6 +22,11 @@ SKILLS = (
     "arrange/reverse",
     "lookup/owner",
     "relate/less",
+    "record/rumour",
+    "record/label",
+    "record/wish",
+    "record/warning",
+    "extract/owner_and_thing",
 )
 """Tasks that are LoRAs (or were tried as such); the base never sees them."""
 

@@ -1,6 +1,6 @@
 """Trains the tokenizer and the base model of the bundled zoo, from nothing.
 
-    python scripts/zoo/train_base.py --data ../shared/data --minutes 40 --work out/zoo-base
+    python scripts/zoo/train_base.py --data ../shared/data --minutes 12 --work out/zoo-base
 
 Runs for a number of minutes (the cosine follows the clock), writes a checkpoint every few of them under ``--work``, and
 goes on from the last one when started again. The finished model is rounded to fp16 and put into the package.
@@ -14,16 +14,12 @@ import math
 import random
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from mix import SENTINELS, Row, tokenizer_text, train_rows, validation_rows
+from mix import SENTINELS, Row, stream, tokenizer_text, validation_rows
 from settings import BASE_DIR
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
@@ -45,16 +41,14 @@ class Settings:
     num_layers: int = 4
     num_decoder_layers: int = 3
     learning_rate: float = 2e-3
-    embedding_rate: float = 4e-3  # embeddings start at std 1, so their steps must be larger
-    bias_rate: float = 2e-2  # position biases must grow to several units before a head can look at one place
+    bias_factor: float = 20.0  # position biases must move by several units, other weights by a tenth of one
     bias_start: float = 5.0  # see point_heads
-    warmup_steps: int = 200
-    batch_tokens: int = 1000  # padded source and target tokens of a worker's batch
+    warmup_steps: int = 40
+    batch_rows: int = 128  # of all families together: batches of one family at a time teach much more slowly
     seed: int = 0
     bf16: bool = True
-    average_steps: int = 8  # the workers' weights are averaged so often; rare enough that nobody waits
-    checkpoint_minutes: float = 4.0
-    log_steps: int = 100
+    checkpoint_minutes: float = 2.0
+    log_steps: int = 50
 
 
 def make_tokenizer(data: Path, settings: Settings) -> PreTrainedTokenizerFast:
@@ -110,37 +104,15 @@ def make_model(settings: Settings) -> T5ForConditionalGeneration:
     return model
 
 
-Encoded = Sequence[tuple[str, list[int], list[int]]]
+Encoded = list[tuple[str, list[int], list[int]]]
 """Rows as group, source ids and target ids."""
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> list[tuple[str, list[int], list[int]]]:
+def encode(tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> Encoded:
     """The ids of every row, cut to 96 and 64."""
     sources = tokenizer([row[1] for row in rows])["input_ids"]
     targets = tokenizer([row[2] for row in rows])["input_ids"]
     return [(row[0], s[:96], t[:64]) for row, s, t in zip(rows, sources, targets, strict=True)]
-
-
-class Corpus(Sequence[tuple[str, list[int], list[int]]]):
-    """Encoded rows in flat arrays, which take a hundredth of the memory of lists."""
-
-    def __init__(self, path: Path) -> None:
-        stored = np.load(path)
-        self.ids, self.ends = stored["ids"], stored["ends"]
-
-    @staticmethod
-    def write(path: Path, rows: Encoded) -> None:
-        """Stores rows without their groups."""
-        parts = [part for row in rows for part in row[1:]]
-        ids = np.fromiter((i for part in parts for i in part), dtype=np.int16)
-        np.savez(path, ids=ids, ends=np.cumsum([0, *map(len, parts)]))
-
-    def __len__(self) -> int:
-        return len(self.ends) // 2
-
-    def __getitem__(self, i: Any) -> Any:
-        a, b, c = self.ends[2 * i : 2 * i + 3]
-        return "", self.ids[a:b].tolist(), self.ids[b:c].tolist()
 
 
 def batches(rows: Encoded, tokens: int, rng: random.Random) -> Iterator[Encoded]:
@@ -195,74 +167,62 @@ def export(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast
     tokenizer.save_pretrained(folder)
 
 
-def average(model: T5ForConditionalGeneration, spent: float) -> float:
-    """Averages the weights over the workers; returns the first worker's clock, so that all agree on it."""
-    clock = torch.tensor([spent if dist.get_rank() == 0 else 0.0])
-    flat = torch.cat([*(p.data.flatten() for p in model.parameters()), clock])
-    dist.all_reduce(flat)
-    at = 0
-    for parameter in model.parameters():
-        mean = flat[at : at + parameter.numel()].view_as(parameter) / dist.get_world_size()
-        parameter.data.copy_(mean)
-        at += parameter.numel()
-    return flat[-1].item()
+def pieces(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """The text of every token that is whole characters."""
+    found = [tokenizer.decode([i]) for i in range(3 + SENTINELS, len(tokenizer))]
+    return [piece for piece in found if "\ufffd" not in piece]
 
 
-def work(rank: int, workers: int, args: argparse.Namespace) -> None:
-    """One worker: local SGD on its own batches with one thread. The first one logs and saves."""
+def main() -> None:
+    """Prepares the tokenizer, then trains until the clock says so."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the real data sets")
+    parser.add_argument("--work", type=Path, default=Path("out/zoo-base"), help="folder of checkpoints and the log")
+    parser.add_argument("--out", type=Path, default=BASE_DIR, help="folder of the finished model")
+    parser.add_argument("--minutes", type=float, default=12.0, help="training time in all, over restarts")
+    args = parser.parse_args()
     settings = Settings()
-    torch.set_num_threads(1)
-    store = f"file://{(args.work / 'rendezvous').resolve()}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=workers)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.work / "tokenizer")
-    rows = Corpus(args.work / "corpus.npz")
+    args.work.mkdir(parents=True, exist_ok=True)
+    if not (args.work / "tokenizer").exists():
+        make_tokenizer(args.data, settings).save_pretrained(args.work / "tokenizer")
+    train(args, settings, PreTrainedTokenizerFast.from_pretrained(args.work / "tokenizer"))
+
+
+def train(args: argparse.Namespace, settings: Settings, tokenizer: PreTrainedTokenizerFast) -> None:
     held_out = encode(tokenizer, validation_rows(args.data, settings.seed, pieces(tokenizer)))
     model = make_model(settings).train()
-    embedding = [model.shared.weight]
     biases = [p for name, p in model.named_parameters() if "relative_attention_bias" in name]
-    special = {id(p) for p in embedding + biases}
-    rest = [p for p in model.parameters() if id(p) not in special]
+    apart = {id(p) for p in biases}
     groups = [
-        {"params": biases, "peak": settings.bias_rate, "lr": 0.0, "weight_decay": 0.0},
-        {"params": rest, "peak": settings.learning_rate, "lr": 0.0},
-        {"params": embedding, "peak": settings.embedding_rate, "lr": 0.0},
+        {"params": [p for p in model.parameters() if id(p) not in apart], "factor": 1.0},
+        {"params": biases, "factor": settings.bias_factor, "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    step, spent = 0, 0.0
-    state_path = args.work / "state.pt"
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    step, spent, state_path = 0, 0.0, args.work / "state.pt"
     if state_path.exists():
         state = torch.load(state_path, weights_only=True)
         model.load_state_dict(state["model"])
-        if state["optimizer"]:
-            optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(state["optimizer"])
         step, spent = state["step"], state["spent"]
-    stream = batches(rows, settings.batch_tokens, random.Random(f"batches|{settings.seed}|{step}|{rank}"))
-    budget, began, saved = args.minutes * 60, time.time() - spent, spent
-    total, tokens, shown, measured = 0.0, 0, 0, time.time()
-    bar = tqdm(total=int(budget), initial=int(spent), unit="s", mininterval=10, disable=rank > 0)
+    rows = stream(args.data, f"{settings.seed}|{step}", pieces(tokenizer), settings.batch_rows)
+    budget, began, saved, total = args.minutes * 60, time.time() - spent, spent, 0.0
+    bar = tqdm(total=int(budget), initial=int(spent), unit="s", mininterval=10)
     while spent < budget:
-        inputs = tensors(next(stream))
-        scale = min(1.0, (step + 1) / settings.warmup_steps)
-        scale *= max(0.02, 0.5 * (1 + math.cos(math.pi * spent / budget)))
+        inputs = tensors(encode(tokenizer, next(rows)))
+        rate = settings.learning_rate * min(1.0, (step + 1) / settings.warmup_steps)
+        rate *= max(0.02, 0.5 * (1 + math.cos(math.pi * spent / budget)))
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * scale
+            group["lr"] = rate * group["factor"]
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
             loss = model(**inputs).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        step += 1
-        if step % settings.average_steps == 0:
-            spent = average(model, time.time() - began)
-        if rank:
-            continue
-        total, shown = total + loss.item(), shown + 1
-        tokens += workers * (inputs["input_ids"].numel() + inputs["labels"].numel())
+        step, spent, total = step + 1, time.time() - began, total + loss.item()
         if step % settings.log_steps == 0:
-            rate = tokens / (time.time() - measured)
-            print(f" step {step} {spent:.0f} s loss {total / shown:.3f} ({rate:.0f} tokens/s)", flush=True)
-            total, shown, tokens, measured = 0.0, 0, 0, time.time()
+            print(f" step {step} {spent:.0f} s loss {total / settings.log_steps:.3f}", flush=True)
+            total = 0.0
         bar.update(int(spent) - bar.n)
         if spent - saved > settings.checkpoint_minutes * 60 or spent >= budget:
             saved = spent
@@ -274,42 +234,10 @@ def work(rank: int, workers: int, args: argparse.Namespace) -> None:
             torch.save(state, state_path.with_suffix(".tmp"))
             state_path.with_suffix(".tmp").replace(state_path)
             export(model, tokenizer, args.work / "latest")
-    if rank == 0:
-        export(model, tokenizer, args.out)
-        record = {"parameters": model.num_parameters(), "steps": step, "seconds": round(spent), "seed": settings.seed}
-        (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        print(f"done: {step} steps in {spent:.0f} s", flush=True)
-    dist.destroy_process_group()
-
-
-def pieces(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """The text of every token that is whole characters."""
-    found = [tokenizer.decode([i]) for i in range(3 + SENTINELS, len(tokenizer))]
-    return [piece for piece in found if "\ufffd" not in piece]
-
-
-def main() -> None:
-    """Prepares tokenizer and rows, then trains until the clock says so."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the real data sets")
-    parser.add_argument("--work", type=Path, default=Path("out/zoo-base"), help="folder of checkpoints and the log")
-    parser.add_argument("--out", type=Path, default=BASE_DIR, help="folder of the finished model")
-    parser.add_argument("--minutes", type=float, default=40.0, help="training time in all, over restarts")
-    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
-    args = parser.parse_args()
-    settings = Settings()
-    args.work.mkdir(parents=True, exist_ok=True)
-    if not (args.work / "tokenizer").exists():
-        make_tokenizer(args.data, settings).save_pretrained(args.work / "tokenizer")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.work / "tokenizer")
-    if not (args.work / "corpus.npz").exists():
-        rows = encode(tokenizer, train_rows(args.data, settings.seed, pieces(tokenizer)))
-        mean = sum(len(s) + len(t) for _, s, t in rows) / len(rows)
-        print(f"{len(rows)} rows of {mean:.1f} tokens, {len(tokenizer)} pieces", flush=True)
-        Corpus.write(args.work / "corpus.npz", rows)
-        del rows
-    (args.work / "rendezvous").unlink(missing_ok=True)
-    mp.spawn(work, args=(args.workers, args), nprocs=args.workers)
+    export(model, tokenizer, args.out)
+    record = {"parameters": model.num_parameters(), "steps": step, "seconds": round(spent), "seed": settings.seed}
+    (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(f"done: {step} steps in {spent:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

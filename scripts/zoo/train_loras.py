@@ -99,6 +99,8 @@ def save(model: PeftModel, folder: Path, record: dict[str, float]) -> None:
     (staging / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     staging.chmod(0o755)
+    for path in staging.iterdir():
+        path.chmod(0o644)
     os.replace(staging, folder)
 
 
@@ -128,7 +130,6 @@ def main() -> None:
     args = parser.parse_args()
     chosen = [lora for lora in LORAS if not args.only or lora.name in args.only]
     chosen = [lora for lora in chosen if args.again or not (args.out / lora.name).exists()]
-    chosen.sort(key=lambda lora: -lora.steps * lora.batch_tokens)  # long ones first, so that the workers end together
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
         jobs = [pool.submit(make, replace(x, steps=max(1, round(x.steps * args.scale))), args) for x in chosen]
         for job in tqdm(as_completed(jobs), total=len(jobs), desc="LoRAs"):

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from loraweave.errors import LoraweaveError, unknown
 from loraweave.experts.resolve import resolve_experts
@@ -83,10 +84,11 @@ class Mixture:
         self._mixers: list[BlockMixer] = []
         self._kept: Tensor | None = None
         self._folded: folding.Folded | None = None
-        self._doors = open_doors(model, self._streams)
+        self._doors: list[RemovableHandle] = []
         try:
+            self._doors = open_doors(model, self._streams)
             self._install(policy)
-        except LoraweaveError:
+        except BaseException:  # whatever it is, the model must not stay half attached
             self.detach()
             raise
 
@@ -228,9 +230,14 @@ class Mixture:
         """Write constant weights into the model's own: the mixture then costs nothing. :meth:`unfold` undoes it.
 
         Raises:
-            LoraweaveError: the weights depend on the input, or a base module is quantised.
+            LoraweaveError: the weights depend on the input, experts are masked, or a base module is quantised.
         """
         self._refuse_folded("fold")
+        if self._kept is not None:
+            raise LoraweaveError(
+                "cannot fold while experts are masked: the mask would outlive its context; "
+                "give the policy these weights instead, e.g. lw.Sum(0.0, {'one': 1.0})"
+            )
         self._folded = folding.fold(self.layers, self._constants("fold into the weights"))
 
     def unfold(self) -> None:

@@ -209,8 +209,8 @@ def test_compare_leaves_results_picture_and_mixture(run: Run, recipe: Path, worl
     assert results["retention"].keys() == {"base", "only:colour", "only:size", "sum", "mole", "early"}
     assert results["own"] == {"colour": 100.0, "size": 100.0}
     assert results["retention"]["only:size"]["mean"] == 0.5
-    assert results["retention"]["mole"]["per_seed"] == [1.0, 1.0]
-    assert results["retention"]["sum"]["mean"] < 1
+    assert min(results["retention"]["mole"]["per_seed"]) > 0.8
+    assert results["retention"]["sum"]["mean"] < 0.8
     assert results["seeds"] == [0, 1]
     assert results["recipe"]["compare"]["early"]["train"] == {"steps": 2}
     assert {"seconds", "peak_memory_gb", "versions", "scores", "machine"} <= results.keys()

@@ -109,6 +109,7 @@ def test_greedy_whatever_the_model_likes(
     assert caplog.records == []
     torch.manual_seed(0)
     assert predict(llama, llama_tokenizer, INPUTS, do_sample=True, **options) != expected
+    assert llama.generation_config is chatty
     assert chatty.to_dict() == before
 
 

@@ -16,7 +16,6 @@ ALL = METHODS | PROMPT
 @pytest.mark.parametrize(("architecture", "side"), SIDES)
 def test_row_does_not_depend_on_its_neighbours(mixed: Any, architecture: str, side: str) -> None:
     inputs = tiny.batch(architecture, (7, 2, 4), side)
-    shift = ["mole-flatten"] if side == "left" else []
     for method in ALL:
         if method in PROMPT and tiny.ARCHITECTURES[architecture].kind != "causal":
             continue
@@ -25,9 +24,7 @@ def test_row_does_not_depend_on_its_neighbours(mixed: Any, architecture: str, si
         for row in (0, 1, 2):
             alone = tiny.row_of(inputs, row)
             got, expected = tiny.logits(mixture.model, alone)[0], tiny.real_logits(together, inputs, row)
-            assert_close(
-                got, expected, atol=1e-6, rtol=1e-5, msg=lambda m, n=method, r=row: f"{n}, row {r} {shift}: {m}"
-            )
+            assert_close(got, expected, atol=1e-6, rtol=1e-5, msg=lambda m, n=method, r=row: f"{n}, row {r}: {m}")
 
 
 @pytest.mark.parametrize("architecture", ["t5", "llama"])
@@ -46,6 +43,8 @@ def test_causal_gates_see_no_later_token(mixed: Any, architecture: str) -> None:
     short = {key: value[:, :5] for key, value in inputs.items()}
     for method in METHODS:
         pooling = getattr(METHODS[method], "pooling", "auto")
+        if method == "mole-top1-mean":
+            continue  # its choice need not change
         mixture = mixed(architecture, METHODS[method])
         whole, start = tiny.logits(mixture.model, inputs)[:, :5], tiny.logits(mixture.model, short)
         if pooling in ("auto", "token"):

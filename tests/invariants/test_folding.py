@@ -86,28 +86,16 @@ def test_folded_mixture_refuses_what_would_go_wrong() -> None:
         mixture.unfold()
 
 
-def test_a_fold_under_a_mask_never_counts_twice() -> None:
+def test_no_fold_under_a_mask_that_would_outlive_it() -> None:
     inputs = tiny.batch("llama")
-    mixture = tiny.attached("llama", lw.Sum(), torch.float64)
+    mixture = tiny.attached("llama", lw.Sum())
     full = tiny.logits(mixture.model, inputs)
     with mixture.only("ant"):
         alone = tiny.logits(mixture.model, inputs)
-        try:
+        with pytest.raises(lw.LoraweaveError, match="cannot fold while experts are masked"):
             mixture.fold()
-        except lw.LoraweaveError:
-            pass
-        else:
-            assert_close(tiny.logits(mixture.model, inputs), alone, atol=1e-11, rtol=1e-11)
-            mixture.unfold()
-        assert_close(tiny.logits(mixture.model, inputs), alone, atol=1e-11, rtol=1e-11)
+        assert torch.equal(tiny.logits(mixture.model, inputs), alone)
     assert torch.equal(tiny.logits(mixture.model, inputs), full)
-    try:
-        with mixture.only("ant"):
-            mixture.fold()
-    except lw.LoraweaveError:
-        pass
-    now = tiny.logits(mixture.model, inputs)
-    assert min((now - alone).abs().max(), (now - full).abs().max()) < 1e-11
 
 
 def test_detach_of_a_folded_mixture_restores_the_weights() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from loraweave.zoo import tasks
-from loraweave.zoo.tasks.records import STYLES
+from loraweave.zoo.tasks.records import ALL_STYLES
 
 N = 60
 WORDS = [
@@ -147,7 +147,7 @@ def _say(value: int, swapped: bool) -> str:
 def _record(style: str) -> Callable[[str], str]:
     def solve(body: str) -> str:
         fields = dict(part.split(" ", 1) for part in body.split(" ; "))
-        return re.sub(r"\{(\w+)\}", lambda m: fields[m[1]], STYLES[style])
+        return re.sub(r"\{(\w+)\}", lambda m: fields[m[1]], ALL_STYLES[style])
 
     return solve
 
@@ -224,7 +224,7 @@ SOLVERS: dict[str, Callable[[str], str]] = {
     "cipher/remove": lambda body: " ".join(w for w in body.split(" in ")[1].split() if w != body.split()[0]),
     "pick/second": lambda body: body.split()[1],
     "pick/longest": lambda body: max(body.split(), key=len),
-    **{f"record/{style}": _record(style) for style in STYLES},
+    **{f"record/{style}": _record(style) for style in ALL_STYLES},
 }
 
 

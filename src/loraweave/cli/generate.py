@@ -43,7 +43,7 @@ VERB = Verb(
     name="generate",
     summary="let a mixture answer",
     details="Let a mixture answer: texts from the command line, a file, or standard input (one a line).\n"
-    "One answer a line. Experts can be masked without retraining.",
+    "One answer a line (--json keeps answers apart that have several). Experts can be masked without retraining.",
     examples=[
         ("loraweave generate out/mixture --input 'sort: pear fig apple'", "one answer"),
         ("loraweave generate out/mixture --file questions.jsonl --json > answers.jsonl", "a file of them"),

@@ -108,6 +108,7 @@ def predict(
     answers = [""] * len(prompts)
     with (
         evaluating(model),
+        _generating(model, settings),
         # Not inference_mode: what a mixture computes here and keeps would be of no use to training afterwards.
         torch.no_grad(),
         tqdm(total=len(prompts), desc=description, unit="example", disable=not progress) as bar,
@@ -115,7 +116,7 @@ def predict(
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = {key: value.to(model.device) for key, value in collate([prompts[n] for n in chosen]).items()}
-            produced = model.generate(**batch, generation_config=settings, **generation)
+            produced = model.generate(**batch, **generation)
             new = produced if encoder_decoder else produced[:, batch["input_ids"].shape[1] :]
             texts = tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             for n, text in zip(chosen, texts, strict=True):
@@ -162,6 +163,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         # Not model.train(): a frozen part may have been in evaluation mode inside a model that trains.
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def _generating(model: Any, settings: Any) -> Iterator[None]:
+    """Lend ``model`` other generation settings: handed to ``generate``, they would be mixed with its own."""
+    own = model.generation_config
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _settings(model: Any, tokenizer: Any, max_new_tokens: int, num_beams: int, generation: dict[str, Any]) -> Any:

@@ -106,7 +106,11 @@ class MoLEGate(nn.Module):
                 f"got {tokens}; shorten the input, or train a gate with a larger max_length or another pooling"
             )
         mask = stream.token_mask(tokens)
-        return v if mask is None else v * mask.to(v.dtype).unsqueeze(-1)
+        if mask is None:
+            return v
+        # Real tokens go to the front, so that left padding does not change which parameters read them.
+        order = mask.long().argsort(dim=1, descending=True, stable=True).unsqueeze(-1)
+        return (v * mask.to(v.dtype).unsqueeze(-1)).gather(1, order.expand_as(v))
 
     def activate(self, logits: Tensor) -> Weights:
         """Eq. 11 and its relatives: logits -> weights, masked experts left out."""
@@ -151,7 +155,7 @@ def resolve_pooling(policy: MoLE, site: SitePlan) -> Pooling:
 
 def _reader(policy: MoLE, site: SitePlan) -> WideReader | RankReader:
     N = len(site.experts)
-    if policy.mix == "outputs":
+    if policy.mix == "outputs" and site.block is not None:
         width = site.features[0]
         return WideReader(N * width, (N, width))
     if policy.evidence == "hidden":

@@ -20,6 +20,14 @@ STYLES = {
     "story": "once at the {place} {name} met a {colour} {thing}",
     "answer": "yes , the {thing} at the {place} is {colour}",
 }
+MORE_STYLES = {
+    "rumour": "they say {name} hides a {colour} {thing}",
+    "label": "{thing} / {colour} / {size} / by {name}",
+    "wish": "{name} wants a {thing} , {size} but not {colour}",
+    "warning": "beware of the {size} {thing} near the {place}",
+}
+"""Styles that ``extract`` does not use."""
+ALL_STYLES = STYLES | MORE_STYLES
 
 
 def _record(rng: random.Random) -> dict[str, str]:
@@ -37,7 +45,7 @@ def _sentence(style: str) -> Draw:
         record = _record(rng)
         fields = list(record.items())
         rng.shuffle(fields)
-        return " ; ".join(f"{key} {value}" for key, value in fields), STYLES[style].format(**record)
+        return " ; ".join(f"{key} {value}" for key, value in fields), ALL_STYLES[style].format(**record)
 
     return draw
 
@@ -45,11 +53,16 @@ def _sentence(style: str) -> Draw:
 def _field(key: str) -> Draw:
     def draw(rng: random.Random) -> tuple[str, str]:
         record = _record(rng)
-        return STYLES[rng.choice([s for s, form in STYLES.items() if f"{{{key}}}" in form])].format(**record), record[
-            key
-        ]
+        form = STYLES[rng.choice([s for s, form in STYLES.items() if f"{{{key}}}" in form])]
+        return form.format(**record), record[key]
 
     return draw
+
+
+def _two_fields(rng: random.Random) -> tuple[str, str]:
+    record = _record(rng)
+    form = STYLES[rng.choice([s for s, form in STYLES.items() if "{name}" in form and "{thing}" in form])]
+    return form.format(**record), f"{record['thing']} of {record['name']}"
 
 
 def _table(answer: Callable[[dict[str, int], random.Random], tuple[str, str]]) -> Draw:
@@ -91,11 +104,12 @@ def _values(table: dict[str, int], _: random.Random) -> tuple[str, str]:
 
 
 TASKS = (
-    *(Task("record", s, f"record to {s}", f"A record put as: {form}.", _sentence(s)) for s, form in STYLES.items()),
+    *(Task("record", s, f"record to {s}", f"A record put as: {form}.", _sentence(s)) for s, form in ALL_STYLES.items()),
     *(
         Task("extract", key, f"extract the {key}", f"The {key} in a sentence.", _field(key))
         for key in ("name", "thing", "colour", "size", "place")
     ),
+    Task("extract", "owner_and_thing", "extract owner and thing", "Whose and what, in a sentence.", _two_fields),
     Task("lookup", "value", "lookup value", "The number of a person.", _table(_value)),
     Task("lookup", "owner", "lookup owner", "The person with a number.", _table(_owner)),
     Task("lookup", "most", "lookup most", "Who has most.", _table(_richest)),
