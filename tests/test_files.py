@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from loraweave.errors import LoraweaveError
-from loraweave.files import atomic_path, replace_folder_atomic, write_json_atomic, write_text_atomic
+from loraweave.files import atomic_path, check_replaceable, replace_folder_atomic, write_json_atomic, write_text_atomic
 
 
 def names(folder: Path) -> list[str]:
@@ -133,6 +133,9 @@ def test_foreign_content_is_refused_before_any_work(tmp_path: Path) -> None:
             started = True
             fill(folder, a="1")
 
+    with pytest.raises(LoraweaveError, match=r"chapter\.tex"):
+        check_replaceable(target, ours=("mixture.json",))
+    check_replaceable(target, ours=("mixture.json", "*.tex"))
     with pytest.raises(LoraweaveError, match=r"chapter\.tex"):
         replace()
     assert not started

@@ -78,7 +78,7 @@ def _seq2seq_sizes() -> dict[str, Any]:
         **{f"{side}_layers": 2 for side in sides},
         **{f"{side}_attention_heads": HEADS for side in sides},
         **{f"{side}_ffn_dim": INNER for side in sides},
-        **{name: 0.0 for name in ("dropout", "attention_dropout", "activation_dropout")},
+        **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.0),
         "pad_token_id": PAD,
         "bos_token_id": 2,
         "eos_token_id": END,

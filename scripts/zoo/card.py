@@ -18,9 +18,9 @@ The package's own rows, and the code, are Apache-2.0. Weights derived from a dat
 
 | what | trained on | licence | attribution |
 |---|---|---|---|
-| base, `commongen` | CommonGen | MIT | Lin et al. 2020, USC INK Lab, INK-USC/CommonGen |
+| `commongen` | CommonGen | MIT | Lin et al. 2020, USC INK Lab, INK-USC/CommonGen |
 | base | SNLI, part of the development set | CC BY-SA 4.0 (copy: MIT) | Bowman et al. 2015; Camburu et al. 2018 |
-| base | Alice's Adventures in Wonderland | public domain | Lewis Carroll, by way of Project Gutenberg |
+| tokenizer | Alice's Adventures in Wonderland | public domain | Lewis Carroll, by way of Project Gutenberg |
 | `hans` | HANS templates, drawn afresh | MIT | McCoy et al. 2019, tommccoy1/hans |
 | `hotel`, `restaurant`, `tv` | RNNLG | Apache-2.0 | Wen et al. 2015, shawnwun/RNNLG |
 | `e2e` | E2E NLG Challenge | CC BY-SA 4.0 | Novikova et al. 2017, tuetschek/e2e-dataset |
@@ -81,9 +81,9 @@ CPU thread); where rank pattern is given, see `card.json`. Saved in fp16 as ordi
 ## Base
 
 {base["parameters"] / 1e6:.2f} M parameters: {base["shape"]}. Trained for {base["seconds"] / 60:.0f} minutes
-({base["steps"]} steps of two workers) on 2 CPU cores (`scripts/zoo/train_base.py`) on {base["tasks"]} generated tasks
-(about 70 % of the rows), copying of random tokens and made-up records, span corruption of plain text, and SNLI. It
-never saw the tasks of the LoRAs, nor these, which nothing here is trained on:
+({base["steps"]} steps) on 2 CPU cores (`scripts/zoo/train_base.py`) on {base["tasks"]} generated tasks (nine
+rows in ten), copying of random tokens and made-up records, and SNLI. It never saw the tasks of the LoRAs, nor these,
+which nothing here is trained on:
 {", ".join(f"`{name}`" for name in HELD_OUT)}.
 RNNLG's laptop domain is held out in the same way.
 

@@ -15,7 +15,7 @@ from settings import HELD_OUT, SKILLS
 from loraweave.zoo import tasks
 
 WALKING = frozenset(
-    "arrange relate letters reorder sort number_words cipher translate sets pick lookup sequence record".split()
+    ["arrange", "relate", "letters", "reorder", "sort", "number_words", "cipher", "translate", "sets", "pick", "lookup", "sequence", "record"]
 )
 SENTINELS = 20
 _SYLLABLES = [

@@ -116,6 +116,10 @@ def make(lora: Lora, args: argparse.Namespace) -> str:
     return f"{lora.name}: loss {loss:.3f} after {seconds:.0f} s"
 
 
+def _scaled(lora: Lora, steps: float, rate: float) -> Lora:
+    return replace(lora, steps=max(1, round(lora.steps * steps)), learning_rate=lora.learning_rate * rate)
+
+
 def main() -> None:
     """Trains what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -125,13 +129,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=[lora.name for lora in LORAS], help="train only these")
     parser.add_argument("--again", action="store_true", help="also those that exist")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the steps, for a trial")
+    parser.add_argument("--rate", type=float, default=1.0, help="factor on the learning rate, for a trial")
     parser.add_argument("--no-bf16", action="store_true")
     parser.add_argument("--workers", type=int, default=2, help="LoRAs trained at a time, with one thread each")
     args = parser.parse_args()
     chosen = [lora for lora in LORAS if not args.only or lora.name in args.only]
     chosen = [lora for lora in chosen if args.again or not (args.out / lora.name).exists()]
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
-        jobs = [pool.submit(make, replace(x, steps=max(1, round(x.steps * args.scale))), args) for x in chosen]
+        jobs = [pool.submit(make, _scaled(lora, args.scale, args.rate), args) for lora in chosen]
         for job in tqdm(as_completed(jobs), total=len(jobs), desc="LoRAs"):
             tqdm.write(job.result())
 

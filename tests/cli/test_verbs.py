@@ -90,6 +90,15 @@ def test_the_seed_decides_training(run: Run, recipe: Path, tmp_path: Path) -> No
     assert gates["a"] == gates["b"] != gates["c"]
 
 
+def test_a_mixture_finds_its_base_from_anywhere(
+    run: Run, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world)
+    run("train", "recipe.yaml", "-o", tmp_path / "mixture", "train.steps=1")
+    monkeypatch.chdir(tmp_path)
+    assert run("generate", "mixture", "--input", "say size fig", "--only", "size") == "large\n"
+
+
 def test_methods_without_gates_are_saved_as_they_are(run: Run, recipe: Path, tmp_path: Path) -> None:
     assert "'sum' has nothing to train" in run("train", recipe, "-o", tmp_path / "sum", "method={name: sum}")
     assert run("generate", tmp_path / "sum", "--input", "say size nut nut", "--only", "size") == "large\n"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from loraweave.mixture import Mixture
 
 
@@ -17,7 +17,7 @@ from loraweave.mixture import Mixture
 def hosts() -> Callable[[str], Mixture]:
     """``hosts("t5")``: three experts on a tiny T5 in double precision, always the same object."""
 
-    @lru_cache(maxsize=None)
+    @cache
     def host(architecture: str) -> Mixture:
         return tiny.attached(architecture, dtype=torch.float64)
 

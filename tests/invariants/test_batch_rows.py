@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from torch.testing import assert_close
+
 import tiny
 from methods import METHODS, PROMPT
-from torch.testing import assert_close
 
 SIDES = [(name, "right") for name in tiny.EVERY] + [(name, "left") for name in ("t5", "llama", "gpt2", "qwen3")]
 ALL = METHODS | PROMPT

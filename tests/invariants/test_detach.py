@@ -6,11 +6,11 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
-from methods import METHODS
 
 import loraweave as lw
+import tiny
+from methods import METHODS
 
 
 class Snapshot:

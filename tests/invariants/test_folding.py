@@ -7,12 +7,12 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
-from methods import CONSTANT, GATED
 from torch.testing import assert_close
 
 import loraweave as lw
+import tiny
+from methods import CONSTANT, GATED
 
 
 @pytest.mark.parametrize("architecture", tiny.EVERY)

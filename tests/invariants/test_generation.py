@@ -6,14 +6,14 @@ from contextlib import nullcontext
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from methods import CAUSAL, METHODS, PROMPT
 from torch import Tensor
 from torch.testing import assert_close
 
 import loraweave as lw
+import tiny
 from loraweave.mixture import Mixture
+from methods import CAUSAL, METHODS, PROMPT
 
 NEW = 5
 SEARCHES: dict[str, dict[str, Any]] = {"greedy": {}, "beam": {"num_beams": 3}}

@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from methods import CONSTANT, GATED, PROMPT
 from torch import Tensor
 from torch.testing import assert_close
 
 import loraweave as lw
+import tiny
 from loraweave.mixing import numerics
 from loraweave.mixture import Mixture
 from loraweave.training import objective
+from methods import CONSTANT, GATED, PROMPT
 
 CASES = [(a, m) for a in ("t5", "llama", "bert") for m in GATED] + [("llama", m) for m in PROMPT]
 

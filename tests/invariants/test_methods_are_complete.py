@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from methods import METHODS
-
 from loraweave.policies import registry
+from methods import METHODS
 
 
 def test_every_registered_policy_is_tested() -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from methods import METHODS, PROMPT
 from torch import Tensor
 from torch.testing import assert_close
 
 import loraweave as lw
+import tiny
 from loraweave.mixture import Mixture
+from methods import METHODS, PROMPT
 
 ORDER = ["cat", "ant", "bee"]
 PICK = [tiny.NAMES.index(name) for name in ORDER]

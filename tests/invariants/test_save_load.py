@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from methods import METHODS, PROMPT
 from safetensors.torch import load_file, save_file
 
 import loraweave as lw
+import tiny
+from methods import METHODS, PROMPT
 
 CASES = [(a, m) for a in ("t5", "llama") for m in METHODS] + [("llama", m) for m in PROMPT]
 

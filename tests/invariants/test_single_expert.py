@@ -8,13 +8,13 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
-from methods import METHODS, PROMPT
 from torch import Tensor
 from torch.testing import assert_close
 
 import loraweave as lw
+import tiny
+from methods import METHODS, PROMPT
 
 # Policies that name no expert, and under which an expert left alone has weight 1.
 UNIT = ["sum", "linear"] + [n for n, p in METHODS.items() if n.startswith("mole") and p.normalized]

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from methods import METHODS
 from torch.testing import assert_close
+
+import tiny
+from methods import METHODS
 
 PLAIN = [name for name, policy in METHODS.items() if policy.mix == "deltas"]
 
 
-@lru_cache(maxsize=None)
+@cache
 def slow(architecture: str) -> tuple[Any, dict[str, Any]]:
     """A mixture by loops, and where to put the function that gives its weights."""
     told: dict[str, Any] = {}

@@ -152,33 +152,37 @@ def log(sites: int) -> list[dict[str, float]]:
             "loss": 3.0 / n,
             "balance_loss": 2.0,
             "learning_rate": 0.1,
+            "entropy": 1.5,
             **{f"entropy/block.{s}": 1.0 + s for s in range(sites)},
+            "load/balance": 0.25,
+            "load/qa": 0.75,
         }
         for n in range(1, 6)
     ]
-    return [*rows, {"step": 50.0, "eval_loss": 0.5}, {"step": 50.0, "train_runtime": 9.0}]
+    return [*rows, {"step": 50.0, "eval_loss": 0.5}, {"step": 50.0, "train_runtime": 9.0, "train_loss": 1.7}]
 
 
 def test_training_curve(tmp_path: Path, drawn: list[Figure]) -> None:
     training_curve(log(3), tmp_path / "curve.png", "training")
     axes = {a.get_ylabel(): a for a in drawn[0].axes}
-    assert list(axes) == ["loss", "balance loss", "entropy"]
+    assert list(axes) == ["loss", "balance loss", "entropy", "load"]
     lines = {line.get_label(): line for line in axes["loss"].lines}
     assert set(lines) == {"loss", "eval_loss"}
     assert list(lines["loss"].get_xdata()) == [10, 20, 30, 40, 50]
     assert list(lines["loss"].get_ydata()) == [3.0 / n for n in range(1, 6)]
     assert lines["eval_loss"].get_marker() == "o"
     assert [line.get_label() for line in axes["balance loss"].lines] == ["balance_loss"]
-    assert len(axes["entropy"].lines) == 3
+    assert [line.get_label() for line in axes["entropy"].lines] == ["block.0", "block.1", "block.2", "entropy, mean"]
+    assert [line.get_label() for line in axes["load"].lines] == ["balance", "qa"]
     assert imread(tmp_path / "curve.png").shape[0] > 300
 
 
-def test_many_lines_get_their_mean(tmp_path: Path, drawn: list[Figure]) -> None:
-    training_curve(log(9), tmp_path / "curve.png")
+def test_of_many_lines_first_and_last_are_named(tmp_path: Path, drawn: list[Figure]) -> None:
+    training_curve(log(14), tmp_path / "curve.png")
     lines = drawn[0].axes[2].lines
-    assert len(lines) == 10
-    assert lines[-1].get_label() == "mean of 9"
-    assert list(lines[-1].get_ydata()) == pytest.approx([5.0] * 5)
+    assert len(lines) == 15
+    named = [line.get_label() for line in lines if not str(line.get_label()).startswith("_")]
+    assert named == ["block.0", "block.13", "entropy, mean"]
 
 
 def test_only_what_was_logged_is_drawn(tmp_path: Path, drawn: list[Figure]) -> None:

@@ -80,7 +80,10 @@ def load_base(name: str) -> tuple[Any, Any]:
         # A bar for each file that is read is worth it for large models, and for people.
         logging.disable_progress_bar()
     place = str(zoo.base_path()) if name == ZOO else name
-    if Path(place).is_absolute() and not Path(place).is_dir():
+    if Path(place).is_dir():
+        # A saved mixture remembers where its base is, and may be loaded from elsewhere.
+        place = str(Path(place).resolve())
+    elif Path(place).is_absolute():
         raise LoraweaveError(f"base model {name!r}: no such folder; expected a transformers model, or a hub id")
     try:
         config = AutoConfig.from_pretrained(place)
@@ -92,7 +95,7 @@ def load_base(name: str) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError) as error:
         raise LoraweaveError(f"base model {name!r}: it has no tokenizer ({_first(error)})") from error
-    model = persistence.load_model(name, AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM)
+    model = persistence.load_model(place, AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM)
     return _place(model), tokenizer
 
 

@@ -91,7 +91,12 @@ def normalize(v: Tensor, normalization: Normalization) -> Tensor:
 
 
 def normalized_logits(
-    projected: Tensor, square: Tensor, size: int, normalization: Normalization, total: Tensor, columns: Tensor | None
+    projected: Tensor,
+    square: Tensor,
+    size: int,
+    normalization: Normalization,
+    total: Tensor | None,
+    columns: Tensor | None,
 ) -> Tensor:
     """``normalize(v) . e`` from sums over ``v`` alone, without forming ``v`` (Eq. 9 and 10 together).
 
@@ -107,7 +112,7 @@ def normalized_logits(
         return projected * torch.rsqrt(square + EPSILON).unsqueeze(-1)
     if normalization == "rms":
         return projected * torch.rsqrt(square / size + EPSILON).unsqueeze(-1)
-    assert columns is not None
+    assert columns is not None and total is not None
     mean = total / size
     variance = (square / size - mean.square()).clamp(min=0)
     return (projected - mean.unsqueeze(-1) * columns) * torch.rsqrt(variance + EPSILON).unsqueeze(-1)

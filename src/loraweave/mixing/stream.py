@@ -42,19 +42,29 @@ class Stream:
         self.labels: Tensor | None = None
         self.cache: object | None = None
         self.stated_prompt: Tensor | None = None
+        self._cached: int | Tensor = 0
         self._frozen: WeakKeyDictionary[object, dict[int, Any]] = WeakKeyDictionary()
+        self._homeless: dict[int, Any] = {}
 
     def enter(self, mask: Tensor | None, cache: object | None) -> None:
+        """A pass begins. The cache's length is read now: the first block's attention makes it longer."""
         self.mask, self.cache = mask, cache
+        length = getattr(cache, "get_seq_length", None) if self.spec.causal else None
+        cached = 0 if length is None else length()
+        # A static cache counts in place.
+        self._cached = cached.clone() if isinstance(cached, Tensor) else cached
+        self._homeless = {}
 
-    def leave(self) -> None:
-        self.mask = self.cache = self.labels = None
+    def leave(self, cache: object | None) -> None:
+        """A pass ends; ``cache`` is the one that the model made itself, if it was given none."""
+        if self._homeless and cache is not None:
+            self._frozen[cache] = self._homeless
+            self._homeless = {}
 
     @property
     def cached_tokens(self) -> int:
-        """How many tokens the cache already holds."""
-        length = getattr(self.cache, "get_seq_length", None)
-        return int(length()) if length is not None else 0
+        """How many tokens the cache held when the pass began."""
+        return int(self._cached)
 
     def token_mask(self, tokens: int) -> Tensor | None:
         """``[rows, tokens]``: which tokens are real; ``None`` if all are."""
@@ -90,8 +100,8 @@ class Stream:
         return decided
 
     def freeze(self, gate: nn.Module, decided: Any) -> None:
-        if self.cache is not None:
-            self._frozen.setdefault(self.cache, {})[id(gate)] = decided
+        kept = self._homeless if self.cache is None else self._frozen.setdefault(self.cache, {})
+        kept[id(gate)] = decided
 
 
 class Arguments:
@@ -132,7 +142,15 @@ def _watch(door: nn.Module, streams: list[Stream]) -> list[RemovableHandle]:
             mask = arguments.get(stream.spec.mask, args, kwargs)
             stream.enter(mask, arguments.get("past_key_values", args, kwargs))
 
-    return [door.register_forward_pre_hook(enter, with_kwargs=True)]
+    handles = [door.register_forward_pre_hook(enter, with_kwargs=True)]
+    if any(stream.spec.prompted for stream in streams):
+
+        def leave(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            for stream in streams:
+                stream.leave(getattr(output, "past_key_values", None))
+
+        handles.append(door.register_forward_hook(leave))
+    return handles
 
 
 def _watch_labels(model: nn.Module, streams: list[Stream]) -> list[RemovableHandle]:

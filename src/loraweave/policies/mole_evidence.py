@@ -22,12 +22,12 @@ class Measured(NamedTuple):
     Attributes:
         coordinates: ``[B, T, C]``, what the gate's matrix multiplies.
         square: ``[B, T]``, ``||v||^2``.
-        total: ``[B, T]``, the sum of ``v``'s entries.
+        total: ``[B, T]``, the sum of ``v``'s entries, where it is asked for.
     """
 
     coordinates: Tensor
     square: Tensor
-    total: Tensor
+    total: Tensor | None
 
 
 class WideReader(nn.Module):
@@ -41,8 +41,8 @@ class WideReader(nn.Module):
     def raw(self, evidence: Evidence) -> Tensor:
         return (evidence.hidden if evidence.outputs is None else evidence.outputs.flatten(2)).float()
 
-    def measure(self, v: Tensor) -> Measured:
-        return Measured(v, v.square().sum(-1), v.sum(-1))
+    def measure(self, v: Tensor, total: bool) -> Measured:
+        return Measured(v, v.square().sum(-1), v.sum(-1) if total else None)
 
     def matrix(self, e: Tensor) -> Tensor:
         """The gate's parameters ``[L?, *shape, N]`` as the matrix ``[L?, C, N]`` on the coordinates."""
@@ -87,9 +87,9 @@ class RankReader(nn.Module):
         assert evidence.ranks is not None
         return evidence.ranks.float()
 
-    def measure(self, a: Tensor) -> Measured:
+    def measure(self, a: Tensor, total: bool) -> Measured:
         c = a @ self.root
-        return Measured(a if self.full else c, c.square().sum(-1), a @ self.ones)
+        return Measured(a if self.full else c, c.square().sum(-1), a @ self.ones if total else None)
 
     def matrix(self, e: Tensor) -> Tensor:
         """The gate's parameters as the matrix ``[L?, R, N]`` on the coordinates: full ones are projected by ``B``."""

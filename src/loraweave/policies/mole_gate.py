@@ -78,18 +78,20 @@ class MoLEGate(nn.Module):
     def logits(self, evidence: Evidence) -> Tensor:
         """``eps`` of Eq. 10, ``[rows, tokens or 1, N]``."""
         v = self.pool(self.reader.raw(evidence), evidence)
-        coordinates, square, total = self.reader.measure(v)
+        normalization = self.policy.normalization
+        coordinates, square, total = self.reader.measure(v, total=normalization == "layer")
         e = self.e[: v.shape[1]] if self.pooling == "flatten" else self.e
         matrix, columns, size = self.reader.matrix(e), self.reader.columns(e), self.reader.size
         if columns is None:
             columns = self.columns
         if self.pooling == "flatten":
             projected = torch.einsum("blc,lcn->bn", coordinates, matrix).unsqueeze(1)
-            square, total = square.sum(1, keepdim=True), total.sum(1, keepdim=True)
+            square = square.sum(1, keepdim=True)
+            total = None if total is None else total.sum(1, keepdim=True)
             size = size * self.e.shape[0]
         else:
             projected = coordinates @ matrix
-        return numerics.normalized_logits(projected, square, size, self.policy.normalization, total, columns)
+        return numerics.normalized_logits(projected, square, size, normalization, total, columns)
 
     def pool(self, v: Tensor, evidence: Evidence) -> Tensor:
         """``[B, T, C]`` -> ``[B, T or 1, C]``."""

@@ -123,12 +123,12 @@ def heat_maps(
 
 
 def training_curve(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], title: str = "") -> None:
-    """Draw loss, balance loss and entropy over the steps, one below the other, and write it to ``path``.
+    """Draw losses, entropy and load over the steps, one panel below the other, and write it to ``path``.
 
     Args:
-        log_history: ``trainer.state.log_history``: dicts with ``step`` and named numbers. Names with ``balance`` or
-            ``entropy`` in them go to those panels, other names with ``loss`` to the first; the rest is left out. Many
-            lines (an entropy per site) are drawn thin, coloured from the first site to the last, with their mean.
+        log_history: ``trainer.state.log_history``: dicts with ``step`` and named numbers. A name is drawn where the part
+            before a slash holds ``balance``, ``entropy``, ``load`` or ``loss``, each in a panel; the rest is left out.
+            Names with a slash (``entropy/SITE``, ``load/EXPERT``) are thin coloured lines, from first to last.
         path: ``.png``, ``.pdf`` or ``.svg``; written atomically.
         title: stands above.
 
@@ -264,36 +264,40 @@ def _numbers(axes: Axes, image: Any, grid: np.ndarray[Any, Any], cell: tuple[flo
 
 def _curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """Panel -> line -> ``(step, value)`` pairs."""
-    panels: dict[str, dict[str, list[tuple[float, float]]]] = {"loss": {}, "balance loss": {}, "entropy": {}}
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {name: {} for name in ("loss", *_PANEL_OF.values())}
     for entry in log_history:
         for name, value in entry.items():
-            panel = next((p for part, p in _PANEL_OF.items() if part in name), None)
-            if panel is not None and "step" in entry and isinstance(value, int | float):
+            kind = name.split("/")[0]
+            panel = next((p for part, p in _PANEL_OF.items() if part in kind), None)
+            # transformers ends with the mean loss over all of training: no point of the curve.
+            if panel and name != "train_loss" and "step" in entry and isinstance(value, int | float):
                 panels[panel].setdefault(name, []).append((float(entry["step"]), float(value)))
     return panels
 
 
-_PANEL_OF = {"balance": "balance loss", "entropy": "entropy", "loss": "loss"}
+# Looked up in this order: a balance loss is a loss too.
+_PANEL_OF = {"balance": "balance loss", "entropy": "entropy", "load": "load", "loss": "loss"}
 
 
 def _lines(axes: Axes, lines: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    """Lines by name; ``kind/part`` is thin and coloured, and of many parts only the first and the last are named."""
     from matplotlib import colormaps
 
-    many = len(lines) > 6
-    colours = colormaps["viridis"](np.linspace(0, 0.92, len(lines))) if many else [None] * len(lines)
-    shown = {0, len(lines) - 1} if many else set(range(len(lines)))
-    by_step: dict[float, list[float]] = {}
-    for n, ((name, points), colour) in enumerate(zip(lines.items(), colours, strict=True)):
-        # A single evaluation is a point, which a line would not show.
-        marker = "o" if len(points) < 3 else None
-        label = name if n in shown else None
-        axes.plot(*zip(*points, strict=True), color=colour, label=label, linewidth=0.7 if many else 1.3, marker=marker)
-        for step, value in points:
-            by_step.setdefault(step, []).append(value)
-    if many:
-        means = [(step, float(np.mean(values))) for step, values in sorted(by_step.items())]
-        axes.plot(*zip(*means, strict=True), color="black", label=f"mean of {len(lines)}", linewidth=2.0)
-    axes.legend(fontsize=7, frameon=False)
+    parts = [name for name in lines if "/" in name]
+    few = len(parts) <= 10
+    colours = colormaps["tab10"].colors if few else colormaps["viridis"](np.linspace(0, 0.92, len(parts)))
+    for name, colour in zip(parts, colours, strict=False):
+        label = name.split("/", 1)[1] if few or name in (parts[0], parts[-1]) else None
+        axes.plot(*zip(*lines[name], strict=True), color=colour, label=label, linewidth=0.9)
+    for name, points in lines.items():
+        if name not in parts:
+            # A single evaluation is a point, which a line would not show.
+            marker = "o" if len(points) < 3 else None
+            label = f"{name}, mean" if parts else name
+            axes.plot(
+                *zip(*points, strict=True), color="black" if parts else None, label=label, linewidth=1.8, marker=marker
+            )
+    axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def _figure(width: float, height: float) -> Figure:

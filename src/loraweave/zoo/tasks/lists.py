@@ -23,7 +23,7 @@ def _sorted_by(key: Callable[[str], int | str], low: int, high: int, reverse: bo
             if key(word) not in keys:
                 keys.add(key(word))
                 words.append(word)
-        return " ".join(words), " ".join(sorted(words, key=key, reverse=reverse))  # type: ignore[arg-type]
+        return " ".join(words), " ".join(sorted(words, key=key, reverse=reverse))
 
     return draw
 
