@@ -161,7 +161,9 @@ ARCHITECTURES = {
         Architecture("llama", "causal", (*_PROJ, "o_proj"), _GLU, _llama),
         Architecture("qwen3", "causal", (*_PROJ, "o_proj"), _GLU, _qwen3),
         Architecture("gpt2", "causal", ("c_attn", "attn.c_proj"), ("c_fc", "mlp.c_proj"), _gpt2),
-        Architecture("bert", "encoder", ("query", "key", "value"), ("attention.output.dense", "intermediate.dense"), _bert),
+        Architecture(
+            "bert", "encoder", ("query", "key", "value"), ("attention.output.dense", "intermediate.dense"), _bert
+        ),
         Architecture("albert", "encoder", ("query", "key", "value"), ("ffn", "ffn_output"), _albert),
     )
 }

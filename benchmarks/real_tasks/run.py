@@ -1,4 +1,6 @@
-"""Compare the methods on the bundled LoRAs of real tasks: ``python benchmarks/real_tasks/run.py --data ../shared/data``.
+"""Compare the methods on the bundled LoRAs of real tasks.
+
+    python benchmarks/real_tasks/run.py --data ../shared/data
 
 The data are not part of this repository (see README.md beside this file); the scores are. What it writes is what
 ``loraweave compare`` writes: results.json, a picture of the learned weights, and the mixture.

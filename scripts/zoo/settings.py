@@ -26,7 +26,10 @@ SKILLS = (
     "record/label",
     "record/wish",
     "record/warning",
+    "record/polite",
     "extract/owner_and_thing",
+    "extract/thing_and_place",
+    "extract/colour_and_thing",
 )
 """Tasks that are LoRAs (or were tried as such); the base never sees them."""
 
@@ -41,7 +44,6 @@ HELD_OUT = (
     "navigate/way_back",
     "number_words/from_swapped",
     "number_words/swap",
-    "record/polite",
     "reorder/sov_last",
     "shuffle/three_twice",
     "sort/longest_first",

@@ -57,8 +57,11 @@ def attach(
 
         policy = MoLE()
     read = resolve_experts(experts)
-    body = read_anatomy(model, blocks)
-    return Mixture(model, read, attach_layers(model, read), body, policy)
+    named = None if blocks is None else tuple(blocks)
+    body = read_anatomy(model, named)
+    mixture = Mixture(model, read, attach_layers(model, read), body, policy)
+    mixture.blocks = named
+    return mixture
 
 
 class Mixture:
@@ -68,7 +71,10 @@ class Mixture:
         model: the model they are attached to, which stays the interface.
         sources: the experts, without their weights, in order.
         sites: the gate sites of the current policy.
+        blocks: what was given as blocks; ``None`` for the model's own division.
     """
+
+    blocks: tuple[str, ...] | None = None
 
     def __init__(
         self, model: nn.Module, experts: Sequence[Expert], attachment: Attachment, anatomy: Anatomy, policy: Policy
@@ -199,13 +205,14 @@ class Mixture:
     @contextmanager
     def record(self) -> Iterator[Record]:
         """Keep the mixing weights of the calls inside: ``with mixture.record() as seen: model(**batch)``."""
-        seen = Record(self.sites)
-        for site in self.sites:
+        sites = self.sites
+        seen = Record(sites)
+        for site in sites:
             site.observers.append(seen.note)
         try:
             yield seen
         finally:
-            for site in self.sites:
+            for site in sites:
                 site.observers.remove(seen.note)
 
     @contextmanager

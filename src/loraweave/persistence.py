@@ -77,6 +77,7 @@ def describe(mixture: Mixture) -> dict[str, Any]:
         "loraweave": __version__,
         "base": {"id": getattr(model, "name_or_path", "") or None, "class": type(model).__name__},
         "method": registry.to_dict(mixture.policy),
+        "blocks": None if mixture.blocks is None else list(mixture.blocks),
         "experts": [],
     }
 
@@ -93,7 +94,7 @@ def load(
         revision: of a hub id.
 
     Raises:
-        LoraweaveError: not a saved mixture, of another format, its gates do not fit, or an expert is missing or changed.
+        LoraweaveError: not a saved mixture, of another format, its gates do not fit, an expert is missing or changed.
     """
     from loraweave.mixture import attach
 
@@ -102,7 +103,8 @@ def load(
     policy = registry.from_dict(_field(saved, "method", dict, place))
     experts = [_load_expert(entry, place, allow_changed) for entry in _field(saved, "experts", list, place)]
     base = model if model is not None else _load_base(_field(saved, "base", dict, place), place)
-    mixture = attach(base, {expert.name: expert for expert in experts}, policy)
+    blocks = None if saved.get("blocks") is None else _field(saved, "blocks", list, place)
+    mixture = attach(base, {expert.name: expert for expert in experts}, policy, blocks=blocks)
     try:
         load_gates(mixture, place)
     except LoraweaveError:
@@ -240,8 +242,8 @@ def _load_expert(entry: Any, place: Path, allow_changed: bool) -> Expert:
     expert = resolve_expert(source, name)
     if expert.sha256 != entry["sha256"] and not allow_changed:
         raise LoraweaveError(
-            f"expert {name!r} ({entry['source']}) has changed since the mixture was saved (sha256 {expert.sha256[:12]}, "
-            f"expected {entry['sha256'][:12]}); restore it, or load with allow_changed=True and check the results"
+            f"expert {name!r} ({entry['source']}) has changed since the mixture was saved: its sha256 starts with "
+            f"{expert.sha256[:12]}, expected {entry['sha256'][:12]}; restore it, or load with allow_changed=True and check the results"
         )
     return expert
 

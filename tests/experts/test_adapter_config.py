@@ -123,16 +123,16 @@ def test_a_pattern_ends_at_a_whole_name(text, module):
 def test_thousands_of_patterns_are_quick():
     modules = [f"model.layers.{i}.mlp.experts.{j}.down_proj" for i in range(30) for j in range(40)]
     config = parse_config(PATH, MINIMAL | {"rank_pattern": {"^" + name.replace(".", r"\."): 2 for name in modules}})
-    start = time.perf_counter()
+    start = time.process_time()
     assert {config.rank_of(module) for module in modules} == {2}
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_the_worst_pattern_allowed_ends_soon():
     pattern = Pattern.parse("a*" * 4 + "b")
-    start = time.perf_counter()
+    start = time.process_time()
     assert not pattern.matches("a" * 60 + "." + "a" * 60)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_deep_nesting_is_not_our_crash(tmp_path):

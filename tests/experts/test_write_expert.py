@@ -9,7 +9,7 @@ import warnings
 import peft
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_adapters import tiny
 
@@ -85,6 +85,7 @@ def test_modules_whose_names_end_alike(tmp_path):
     }
 
 
+@settings(deadline=None)
 @given(alpha=st.floats(1e-6, 1e6) | st.integers(1, 4096), scale=st.floats(1e-6, 1e6), rank=st.integers(1, 512))
 def test_every_scale_survives(alpha, scale, rank):
     """Exactly where some alpha has it, to the last bit otherwise."""

@@ -25,7 +25,7 @@ def test_row_does_not_depend_on_its_neighbours(mixed: Any, architecture: str, si
         for row in (0, 1, 2):
             alone = tiny.row_of(inputs, row)
             got, expected = tiny.logits(mixture.model, alone)[0], tiny.real_logits(together, inputs, row)
-            assert_close(got, expected, atol=1e-6, rtol=1e-5, msg=lambda m, n=method, r=row: f"{n}, row {r}: {m}")
+            assert_close(got, expected, atol=5e-6, rtol=1e-5, msg=lambda m, n=method, r=row: f"{n}, row {r}: {m}")
 
 
 @pytest.mark.parametrize("architecture", ["t5", "llama"])
@@ -35,7 +35,7 @@ def test_rows_in_another_order(mixed: Any, architecture: str) -> None:
     for method, policy in METHODS.items():
         mixture = mixed(architecture, policy)
         a, b = tiny.logits(mixture.model, inputs), tiny.logits(mixture.model, turned).flip(0)
-        assert_close(a, b, atol=1e-6, rtol=1e-5, msg=lambda m, n=method: f"{n}: {m}")
+        assert_close(a, b, atol=5e-6, rtol=1e-5, msg=lambda m, n=method: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -49,6 +49,6 @@ def test_causal_gates_see_no_later_token(mixed: Any, architecture: str) -> None:
         mixture = mixed(architecture, METHODS[method])
         whole, start = tiny.logits(mixture.model, inputs)[:, :5], tiny.logits(mixture.model, short)
         if pooling in ("auto", "token"):
-            assert_close(whole, start, atol=1e-6, rtol=1e-5, msg=lambda m, n=method: f"{n}: {m}")
+            assert_close(whole, start, atol=5e-6, rtol=1e-5, msg=lambda m, n=method: f"{n}: {m}")
         else:
             assert (whole - start).abs().max() > 1e-4, f"{method} is meant to read the whole sequence"

@@ -145,16 +145,18 @@ def test_a_model_with_pefts_adapters_is_refused(wrapped: bool) -> None:
 def failing_attachments(host: Any) -> dict[str, tuple[Any, Any, str]]:
     experts = tiny.experts(host, "llama")
     narrow = tiny.model("llama", hidden_size=16, head_dim=4)
-    stranger = lw.Expert("odd", {"model.layers.9.mlp.up_proj": next(iter(experts["ant"].factors.values()))})
+    some = next(iter(experts["ant"].factors.values()))
+    stranger = lw.Expert("odd", {"model.layers.9.mlp.up_proj": some})
+    linear = lw.LoraFactors(torch.ones(1, 48), torch.ones(32, 1), 1.0)
     return {
         "shape": (experts | {"odd": tiny.expert(narrow, ["q_proj"])}, lw.Sum(), "maps 32 to 32 features"),
         "stranger": (experts | {"odd": stranger}, lw.Sum(), "do not exist there, the first is 'model.layers.9"),
         "unknown name": (experts, lw.Linear({"ent": 1.0}), "unknown expert 'ent'; did you mean 'ant'"),
         "zero sum": (experts, lw.Linear({"ant": 1.0, "bee": -1.0}), "sum to 0"),
         "no experts": ({}, lw.Sum(), "at least one"),
-        "norm": ({"odd": lw.Expert("odd", {"model.norm": next(iter(experts["ant"].factors.values()))})}, lw.Sum(), "RMSNorm"),
+        "norm": ({"odd": lw.Expert("odd", {"model.norm": some})}, lw.Sum(), "RMSNorm"),
         "embedding as linear": (
-            {"odd": lw.Expert("odd", {"model.embed_tokens": lw.LoraFactors(torch.ones(1, 48), torch.ones(32, 1), 1.0)})},
+            {"odd": lw.Expert("odd", {"model.embed_tokens": linear})},
             lw.Sum(),
             "another kind",
         ),

@@ -19,7 +19,7 @@ from methods import CONSTANT, GATED
 @pytest.mark.parametrize("method", CONSTANT)
 def test_fold_equals_forward_and_unfold_is_exact(mixed: Any, architecture: str, method: str) -> None:
     mixture, inputs = mixed(architecture, CONSTANT[method]), tiny.batch(architecture)
-    weights = {name: p for name, p in mixture.model.named_parameters()}
+    weights = dict(mixture.model.named_parameters())
     copies = {name: p.clone() for name, p in weights.items()}
     before = tiny.logits(mixture.model, inputs)
     mixture.fold()

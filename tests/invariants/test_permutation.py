@@ -63,4 +63,4 @@ def test_order_of_experts_does_not_matter(
     assert_close(out_other, out_one, atol=1e-5, rtol=1e-5)
     assert list(seen_one.weights) == list(seen_other.weights)
     for site, g in seen_one.weights.items():
-        assert_close(seen_other.weights[site], g[..., PICK], atol=2e-6, rtol=1e-5)
+        assert_close(seen_other.weights[site], g[..., PICK], atol=5e-5, rtol=1e-5)

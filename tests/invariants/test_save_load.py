@@ -72,7 +72,7 @@ def test_a_changed_expert_is_noticed(tmp_path: Path) -> None:
     weights.write_bytes(good)
     config = sources["bee"] / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 77}))
-    with pytest.raises(lw.LoraweaveError, match="'bee' .* has changed"):
+    with pytest.raises(lw.LoraweaveError, match=r"'bee' .* has changed"):
         lw.load(saved, host)
 
 

@@ -90,7 +90,6 @@ def close(got: Tensor, expected: Tensor, said: str) -> None:
     assert_close(got, expected, atol=1e-8, rtol=1e-8, msg=lambda m: f"{said}: {m}")
 
 
-
 @pytest.mark.parametrize("architecture", ["t5", "llama", "gpt2", "bert"])
 def test_equal_experts_that_share_one_are_one_of_them(architecture: str) -> None:
     bare = tiny.model(architecture, torch.float64)

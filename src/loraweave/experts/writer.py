@@ -115,12 +115,9 @@ def peft_config(
 
 
 def _alpha(scale: float, rank: int) -> int | float:
-    """The alpha with ``alpha / rank == scale`` exactly, whole where possible."""
+    """The alpha with ``alpha / rank == scale``, whole where possible."""
     alpha = scale * rank
-    if round(alpha) / rank == scale:
-        return round(alpha)
-    neighbours = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
-    return next((value for value in neighbours if value / rank == scale), alpha)
+    return round(alpha) if round(alpha) / rank == scale else alpha
 
 
 def _check_factors(factors: Mapping[str, LoraFactors], folder: Path) -> None:

@@ -42,6 +42,7 @@ class BlockMixer:
     def expand(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         hidden = args[0] if args else kwargs["hidden_states"]
         self.rows = hidden.shape[0]
+        self._check(kwargs.get("past_key_values"))
         # Row-major copies [bare; expert 1; ...; expert N], each of all rows.
         one_hot = torch.zeros(self.copies, len(self.lead.plan.experts), device=hidden.device, dtype=torch.float32)
         one_hot[1:].fill_diagonal_(1.0)
@@ -52,6 +53,18 @@ class BlockMixer:
             tuple(self._repeat(value) for value in args),
             {name: self._repeat(value) for name, value in kwargs.items()},
         )
+
+    def _check(self, cache: Any) -> None:
+        """Keys and values are cached for all copies; whoever reorders the cache's rows (beam search) loses them."""
+        layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None) or ()
+        for layer in layers:
+            keys = getattr(layer, "keys", None)
+            if isinstance(keys, Tensor) and keys.numel() and keys.shape[0] != self.rows * self.copies:
+                raise LoraweaveError(
+                    f"{self.lead.name}: mix='outputs' keeps {self.copies} rows of keys and values a row, but the "
+                    f"cache holds {keys.shape[0]} for {self.rows}; beam search with a cache is not possible here: pass "
+                    "use_cache=False"
+                )
 
     def _repeat(self, value: Any) -> Any:
         if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[0] == self.rows:

@@ -112,7 +112,8 @@ def normalized_logits(
         return projected * torch.rsqrt(square + EPSILON).unsqueeze(-1)
     if normalization == "rms":
         return projected * torch.rsqrt(square / size + EPSILON).unsqueeze(-1)
-    assert columns is not None and total is not None
+    assert columns is not None
+    assert total is not None
     mean = total / size
     variance = (square / size - mean.square()).clamp(min=0)
     return (projected - mean.unsqueeze(-1) * columns) * torch.rsqrt(variance + EPSILON).unsqueeze(-1)

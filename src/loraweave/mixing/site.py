@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +77,10 @@ class Site:
         self._row_weights: dict[Layout, Tensor] = {}
         self._tokens = 1
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy starts afresh; the last pass's weights may hang on a graph, which cannot be copied."""
+        return self.__dict__ | {"current": None, "observers": [], "_row_weights": {}}
+
     def bind(self) -> None:
         """Take over the layers: from here on they ask this site for their weights."""
         for layer in self.layers:
@@ -95,9 +100,17 @@ class Site:
         assert self.gate is not None
         hidden = y if self.leader.bank.embedding else x
         if hidden.ndim == 2:
-            hidden, a = hidden.unsqueeze(1), a.unsqueeze(1)
+            shape = self._rows_and_tokens(hidden.shape[0])
+            hidden, a = hidden.view(*shape, -1), a.view(*shape, -1)
         self._tokens = hidden.shape[1]
         self.set(self.gate(Evidence(hidden, a, self.stream)))
+
+    def _rows_and_tokens(self, vectors: int) -> tuple[int, int]:
+        """What a 2-D input is: all rows' tokens in one list, or a vector per row (a pooled state)."""
+        mask = self.stream.mask
+        if mask is not None and mask.ndim == 2 and mask.shape[0] != vectors == mask.numel():
+            return mask.shape[0], mask.shape[1]
+        return vectors, 1
 
     def set(self, weights: Weights, announce: bool = True) -> None:
         """Use these weights from here on in this pass, and tell the observers unless they are scaffolding."""

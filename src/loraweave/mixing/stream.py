@@ -46,6 +46,14 @@ class Stream:
         self._frozen: WeakKeyDictionary[object, dict[int, Any]] = WeakKeyDictionary()
         self._homeless: dict[int, Any] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy starts afresh: what one model has seen is not the other's."""
+        return {"spec": self.spec, "stated_prompt": self.stated_prompt}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Stream.__init__(self, state["spec"])
+        self.stated_prompt = state["stated_prompt"]
+
     def enter(self, mask: Tensor | None, cache: object | None) -> None:
         """A pass begins. The cache's length is read now: the first block's attention makes it longer."""
         self.mask, self.cache = mask, cache
@@ -59,7 +67,9 @@ class Stream:
         """A pass ends; ``cache`` is the one that the model made itself, if it was given none."""
         if self._homeless and cache is not None:
             self._frozen[cache] = self._homeless
-            self._homeless = {}
+        self._homeless = {}
+        # Kept any longer it would hold the keys and values in memory.
+        self.cache = None
 
     @property
     def cached_tokens(self) -> int:
@@ -68,8 +78,8 @@ class Stream:
 
     def token_mask(self, tokens: int) -> Tensor | None:
         """``[rows, tokens]``: which tokens are real; ``None`` if all are."""
-        if self.mask is None:
-            return None
+        if self.mask is None or (tokens == 1 and self.mask.ndim == 2):
+            return None  # one vector a row, such as a pooled state, is all there is to read
         if self.mask.ndim != 2 or self.mask.shape[1] != tokens:
             raise LoraweaveError(
                 f"{self.spec.name}: pooling over tokens needs an attention mask of shape [rows, {tokens}], "
@@ -120,6 +130,27 @@ class Arguments:
         return args[position] if position < len(args) else None
 
 
+class Door:
+    """Watches a module's calls. Its methods are the hooks, so that a copied model's doors tell the copied streams."""
+
+    def __init__(self, module: nn.Module, streams: list[Stream]) -> None:
+        self.arguments = Arguments(module)
+        self.streams = streams
+
+    def enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for stream in self.streams:
+            mask = self.arguments.get(stream.spec.mask, args, kwargs)
+            stream.enter(mask, self.arguments.get("past_key_values", args, kwargs))
+
+    def leave(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        for stream in self.streams:
+            stream.leave(getattr(output, "past_key_values", None))
+
+    def see_labels(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for stream in self.streams:
+            stream.labels = self.arguments.get("labels", args, kwargs)
+
+
 def open_doors(model: nn.Module, streams: dict[str, Stream]) -> list[RemovableHandle]:
     """Watch the doors of all streams; the handles close them again."""
     handles = []
@@ -127,37 +158,11 @@ def open_doors(model: nn.Module, streams: dict[str, Stream]) -> list[RemovableHa
     for stream in streams.values():
         doors.setdefault(stream.spec.door, []).append(stream)
     for path, here in doors.items():
-        handles += _watch(model.get_submodule(path), here)
+        module = model.get_submodule(path)
+        door = Door(module, here)
+        handles.append(module.register_forward_pre_hook(door.enter, with_kwargs=True))
+        handles.append(module.register_forward_hook(door.leave))
     prompted = [stream for stream in streams.values() if stream.spec.prompted]
     if prompted:
-        handles += _watch_labels(model, prompted)
+        handles.append(model.register_forward_pre_hook(Door(model, prompted).see_labels, with_kwargs=True))
     return handles
-
-
-def _watch(door: nn.Module, streams: list[Stream]) -> list[RemovableHandle]:
-    arguments = Arguments(door)
-
-    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for stream in streams:
-            mask = arguments.get(stream.spec.mask, args, kwargs)
-            stream.enter(mask, arguments.get("past_key_values", args, kwargs))
-
-    handles = [door.register_forward_pre_hook(enter, with_kwargs=True)]
-    if any(stream.spec.prompted for stream in streams):
-
-        def leave(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-            for stream in streams:
-                stream.leave(getattr(output, "past_key_values", None))
-
-        handles.append(door.register_forward_hook(leave))
-    return handles
-
-
-def _watch_labels(model: nn.Module, streams: list[Stream]) -> list[RemovableHandle]:
-    arguments = Arguments(model)
-
-    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for stream in streams:
-            stream.labels = arguments.get("labels", args, kwargs)
-
-    return [model.register_forward_pre_hook(enter, with_kwargs=True)]

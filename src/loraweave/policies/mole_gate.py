@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -52,6 +53,16 @@ class MoLEGate(nn.Module):
         self.scale = nn.Parameter(total, requires_grad=policy.learn_scale)
         self.closed: Tensor | None = None
         self.kept = N
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoLEGate:
+        """Gates move with the model but stay in single precision when it is cast (``model.half()``)."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            changed = fn(tensor)
+            return changed if changed.dtype == tensor.dtype else tensor.to(changed.device)
+
+        super()._apply(moved, recurse)
+        return self
 
     def keep(self, kept: Tensor | None) -> None:
         """Mask experts: ``kept`` is ``[E]`` bool; ``None`` lifts the mask."""

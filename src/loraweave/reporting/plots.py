@@ -126,8 +126,8 @@ def training_curve(log_history: Sequence[Mapping[str, Any]], path: str | os.Path
     """Draw losses, entropy and load over the steps, one panel below the other, and write it to ``path``.
 
     Args:
-        log_history: ``trainer.state.log_history``: dicts with ``step`` and named numbers. A name is drawn where the part
-            before a slash holds ``balance``, ``entropy``, ``load`` or ``loss``, each in a panel; the rest is left out.
+        log_history: ``trainer.state.log_history``: dicts with ``step`` and named numbers. A name is drawn where what
+            stands before its slash holds ``balance``, ``entropy``, ``load`` or ``loss``, each in a panel.
             Names with a slash (``entropy/SITE``, ``load/EXPERT``) are thin coloured lines, from first to last.
         path: ``.png``, ``.pdf`` or ``.svg``; written atomically.
         title: stands above.
@@ -285,7 +285,8 @@ def _lines(axes: Axes, lines: Mapping[str, Sequence[tuple[float, float]]]) -> No
 
     parts = [name for name in lines if "/" in name]
     few = len(parts) <= 10
-    colours = colormaps["tab10"].colors if few else colormaps["viridis"](np.linspace(0, 0.92, len(parts)))
+    # Ten colours told apart by their number, or one scale.
+    colours = colormaps["tab10"](range(10)) if few else colormaps["viridis"](np.linspace(0, 0.92, len(parts)))
     for name, colour in zip(parts, colours, strict=False):
         label = name.split("/", 1)[1] if few or name in (parts[0], parts[-1]) else None
         axes.plot(*zip(*lines[name], strict=True), color=colour, label=label, linewidth=0.9)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +47,8 @@ class GateTrainer(Trainer):
         self.balance = float(getattr(mixture.policy, "balance", 0.0) if balance is None else balance)
         self._seen: dict[str, Tensor] = {}
         super().__init__(model=mixture.model, args=args, **options)
+        if _ignores_items(mixture.model):
+            self.model_accepts_loss_kwargs = False
 
     def compute_loss(
         self,
@@ -52,16 +57,30 @@ class GateTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        task, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        with self._prompt(inputs):
+            task, outputs = super().compute_loss(
+                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            )
         sites = [site for site in self.mixture.sites if site.gate is not None]
         balance = objective.balance(sites)
         if model.training:
             self._seen = {"task_loss": task.detach(), "balance_loss": balance.detach()}
         # The task loss is a share of the whole accumulated batch where the model normalises by its items.
         whole = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        whole = whole or self.compute_loss_func is not None
         steps = self.current_gradient_accumulation_steps if whole and model.training else 1
         loss = task + self.balance * balance / steps
         return (loss, outputs) if return_outputs else loss
+
+    def _prompt(self, inputs: Mapping[str, Any]) -> AbstractContextManager[Any]:
+        """Where the trainer takes the labels away (label smoothing), gates must be told what the prompt is."""
+        labels = inputs.get("labels")
+        taken = self.label_smoother is not None or self.compute_loss_func is not None
+        if labels is None or not taken or getattr(self.mixture.model.config, "is_encoder_decoder", False):
+            return nullcontext()
+        before = (labels != -100).long().cumsum(1) == 0
+        mask = inputs.get("attention_mask")
+        return self.mixture.prompt(before if mask is None else before & mask.bool())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._seen:
@@ -78,6 +97,19 @@ class GateTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         persistence.load_gates(self.mixture, str(self.state.best_model_checkpoint))
+
+
+def _ignores_items(model: nn.Module) -> bool:
+    """Whether a model takes ``num_items_in_batch`` and does nothing with it, as T5 and BART do.
+
+    The trainer believes of every model with ``**kwargs`` that it normalises its loss by the items of the whole
+    accumulated batch, and would add up the means of T5's small batches instead of averaging them.
+    """
+    try:
+        source = inspect.getsource(type(model).forward)
+    except (OSError, TypeError):
+        return False
+    return "loss_function(" not in source and "num_items_in_batch" not in source
 
 
 @torch.no_grad()

@@ -59,10 +59,15 @@ def _field(key: str) -> Draw:
     return draw
 
 
-def _two_fields(rng: random.Random) -> tuple[str, str]:
-    record = _record(rng)
-    form = STYLES[rng.choice([s for s, form in STYLES.items() if "{name}" in form and "{thing}" in form])]
-    return form.format(**record), f"{record['thing']} of {record['name']}"
+def _fields(answer: str, *keys: str) -> Draw:
+    """Several fields of a sentence, put as ``answer``."""
+    styles = [style for style, form in STYLES.items() if all(f"{{{key}}}" in form for key in keys)]
+
+    def draw(rng: random.Random) -> tuple[str, str]:
+        record = _record(rng)
+        return STYLES[rng.choice(styles)].format(**record), answer.format(**record)
+
+    return draw
 
 
 def _table(answer: Callable[[dict[str, int], random.Random], tuple[str, str]]) -> Draw:
@@ -109,11 +114,16 @@ TASKS = (
         Task("extract", key, f"extract the {key}", f"The {key} in a sentence.", _field(key))
         for key in ("name", "thing", "colour", "size", "place")
     ),
-    Task("extract", "owner_and_thing", "extract owner and thing", "Whose and what, in a sentence.", _two_fields),
+    Task("extract", "owner_and_thing", "extract owner and thing", "Whose and what, in a sentence.",
+         _fields("{thing} of {name}", "name", "thing")),
+    Task("extract", "thing_and_place", "extract thing and place", "What and where, in a sentence.",
+         _fields("{thing} at the {place}", "thing", "place")),
+    Task("extract", "colour_and_thing", "extract colour and thing", "A thing and its colour, in a sentence.",
+         _fields("{thing} so {colour}", "thing", "colour")),
     Task("lookup", "value", "lookup value", "The number of a person.", _table(_value)),
     Task("lookup", "owner", "lookup owner", "The person with a number.", _table(_owner)),
     Task("lookup", "most", "lookup most", "Who has most.", _table(_richest)),
     Task("lookup", "least", "lookup least", "Who has least.", _table(_poorest)),
     Task("lookup", "people", "lookup people", "All names.", _table(_people)),
     Task("lookup", "values", "lookup values", "All numbers.", _table(_values)),
-)
+)  # fmt: skip
