@@ -240,10 +240,12 @@ def experts(model: nn.Module, name: str, dtype: torch.dtype = torch.float32) -> 
     }
 
 
-def attached(name: str, policy: Any = None, dtype: torch.dtype = torch.float32, **options: Any) -> Mixture:
-    """Three experts on a fresh tiny model."""
-    host = model(name, dtype, **options)
-    return lw.attach(host, experts(host, name, dtype), policy)
+def attached(
+    name: str, policy: Any = None, dtype: torch.dtype = torch.float32, *, seed_dtype: torch.dtype | None = None
+) -> Mixture:
+    """Three experts on a fresh tiny model; the experts have ``seed_dtype``, by default the model's dtype."""
+    host = model(name, dtype)
+    return lw.attach(host, experts(host, name, seed_dtype or dtype), policy)
 
 
 def randomize(mixture: Mixture, seed: int = 0, strength: float = 1.5) -> Mixture:

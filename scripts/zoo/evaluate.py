@@ -107,7 +107,6 @@ def main() -> None:
     parser.add_argument("--items", type=int, help="how many test items instead of the usual number")
     parser.add_argument("--out", type=Path, default=ZOO, help="folder of card.json and CARD.md")
     args = parser.parse_args()
-    torch.set_num_threads(2)
     card_path = args.out / "card.json"
     known = json.loads(card_path.read_text())["loras"] if card_path.exists() else {}
     tokenizer = PreTrainedTokenizerFast.from_pretrained(args.base)

@@ -54,20 +54,24 @@ _E2E = "Novikova et al., tuetschek/e2e-dataset@ab0d967dd5; train by harvardnlp/n
 LORAS = (
     Lora("notice", "record/notice", 4, 8, QV, 200),
     Lora("owner_and_thing", "extract/owner_and_thing", 8, 16, ATTENTION, 200),
+    Lora("days_before", "dates/days_before", 8, 8, ALL, 250, rslora=True),
+    Lora("less", "relate/less", 4, 8, ATTENTION, 500),
+    Lora("swapped_numbers", "number_words/to_swapped", 8, 16, ATTENTION, 400, rank_pattern=DECODER_RANKS),
+    Lora("reverse_sort", "sort/z_to_a", 8, 16, ATTENTION, 700),
+    Lora("not_animals", "count/not_animals", 8, 16, ALL, 500),
     Lora("label", "record/label", 4, 8, ATTENTION, 200),
     Lora("warning", "record/warning", 6, 12, ATTENTION, 200),
-    Lora("days_before", "dates/days_before", 8, 8, ALL, 250, rslora=True),
-    Lora("two_counts", "count/animals_and_fruits", 8, 8, ALL, 250),
-    Lora("swapped_numbers", "number_words/to_swapped", 8, 16, ATTENTION, 250, rank_pattern=DECODER_RANKS),
-    Lora("not_animals", "count/not_animals", 8, 16, ALL, 250),
-    Lora("less", "relate/less", 4, 8, ATTENTION, 200),
-    Lora("owner", "lookup/owner", 8, 16, QV, 250),
-    Lora("reverse_sort", "sort/z_to_a", 8, 16, ATTENTION, 250),
-    Lora("to_sul", "translate/to_sul", 8, 16, ALL, 300),
-    Lora("thing_and_place", "extract/thing_and_place", 6, 12, QV, 200),
-    Lora("colour_and_thing", "extract/colour_and_thing", 16, 16, QV, 200, rslora=True),
-    Lora("wish", "record/wish", 8, 16, ("q", "k", "v", "o", "wi_0"), 200),
-    Lora("polite", "record/polite", 4, 16, ATTENTION, 200),
+    Lora("thing_and_place", "extract/thing_and_place", 6, 12, QV, 130),
+    Lora("colour_and_thing", "extract/colour_and_thing", 16, 16, QV, 130, rslora=True),
+    Lora("polite", "record/polite", 4, 16, ATTENTION, 130),
+    Lora("wish", "record/wish", 8, 16, ("q", "k", "v", "o", "wi_0"), 130),
+)  # fmt: skip
+"""The LoRAs that ship."""
+
+CANDIDATES = (
+    Lora("two_counts", "count/animals_and_fruits", 8, 8, ALL, 700),
+    Lora("owner", "lookup/owner", 8, 16, QV, 700),
+    Lora("to_sul", "translate/to_sul", 8, 16, ALL, 700),
     Lora("hotel", "data:rnnlg/hotel", 12, 24, ALL, 300, floor=47.2, metric="bleu", licence=_APACHE, source=_RNNLG,
          batch_tokens=1500),
     Lora("restaurant", "data:rnnlg/restaurant", 12, 24, ALL, 300, floor=32.5, metric="bleu", licence=_APACHE,
@@ -81,7 +85,8 @@ LORAS = (
     Lora("commongen", "data:commongen", 8, 16, ALL, 250, floor=2.1, metric="bleu", licence="MIT",
          source="Lin et al., INK-USC/CommonGen@f5a4d01408", batch_tokens=1500),
     Lora("rumour", "record/rumour", 4, 8, QV, 200),
-    Lora("reverse", "arrange/reverse", 6, 12, ATTENTION, 300),
-    Lora("to_mip", "translate/to_mip", 8, 16, ALL, 300),
-    Lora("last_letter_sort", "sort/last_letter", 12, 24, ALL, 300),
+    Lora("reverse", "arrange/reverse", 6, 12, ATTENTION, 700),
+    Lora("to_mip", "translate/to_mip", 8, 16, ALL, 700),
+    Lora("last_letter_sort", "sort/last_letter", 12, 24, ALL, 700),
 )  # fmt: skip
+"""LoRAs to train on a stronger base: on the present one they do not reach 80 %, or their floor."""

@@ -15,9 +15,9 @@ from settings import HELD_OUT, SKILLS
 from loraweave.zoo import tasks
 
 WALKING = frozenset(
-    ("arrange", "relate", "letters", "reorder", "sort", "number_words", "cipher")
-    + ("translate", "sets", "pick", "lookup", "sequence", "record")
-)
+    {"arrange", "relate", "letters", "reorder", "sort", "number_words", "cipher", "translate", "sets", "pick"}
+    | {"lookup", "sequence", "record"}
+)  # fmt: skip
 SENTINELS = 20
 _SYLLABLES = [
     c + v for c in ("b", "k", "d", "f", "g", "l", "m", "n", "p", "r", "s", "t", "v", "z", "th") for v in "aeiou"

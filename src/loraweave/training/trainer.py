@@ -57,12 +57,15 @@ class GateTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        sites = [site for site in self.mixture.sites if site.gate is not None]
+        for site in sites:
+            site.clear()
         with self._prompt(inputs):
             task, outputs = super().compute_loss(
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
             )
-        sites = [site for site in self.mixture.sites if site.gate is not None]
-        balance = objective.balance(sites)
+        # Blocks that layer dropout skipped have decided nothing.
+        balance = objective.balance([site for site in sites if site.current is not None])
         if model.training:
             self._seen = {"task_loss": task.detach(), "balance_loss": balance.detach()}
         # The task loss is a share of the whole accumulated batch where the model normalises by its items.

@@ -1,0 +1,68 @@
+"""``torch.compile`` of a model with a mixture: one graph, the same result."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import loraweave as lw
+import tiny
+
+POLICIES = {
+    "sum": lw.Sum(),
+    "token": lw.MoLE(),
+    "matrix": lw.MoLE("matrix", gate_form="full", normalization="layer"),
+    "mean": lw.MoLE(pooling="mean"),
+    "top2": lw.MoLE(activation="topk", k=2, pooling="mean", scale=1.0),
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(name: str, backend: str) -> None:
+    mixture = tiny.randomize(tiny.attached("llama", POLICIES[name]))
+    inputs = tiny.batch("llama")
+    expected = tiny.logits(mixture.model, inputs)
+    fast = torch.compile(mixture.model, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        assert_close(fast(**inputs, use_cache=False).logits, expected, atol=1e-5, rtol=1e-4)
+        other = tiny.batch("llama", (7, 6, 2), seed=1)
+        got = fast(**other, use_cache=False).logits
+    assert_close(got, tiny.logits(mixture.model, other), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sum", "token", "mean"])
+def test_one_graph(name: str) -> None:
+    compiled(name, "eager")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("gcc") is None and shutil.which("clang") is None, reason="no C compiler")
+@pytest.mark.parametrize("name", POLICIES)
+def test_compiled_code(name: str) -> None:
+    compiled(name, "inductor")
+
+
+@pytest.mark.slow
+def test_compiled_training() -> None:
+    mixture = tiny.randomize(tiny.attached("llama", lw.MoLE()))
+    inputs = tiny.batch("llama")
+
+    def step(model: Any) -> dict[str, torch.Tensor]:
+        mixture.model.zero_grad(set_to_none=True)
+        model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
+        return {n: p.grad.clone() for n, p in mixture.gate_parameters() if p.grad is not None}
+
+    expected = step(mixture.model)
+    got = step(torch.compile(mixture.model, backend="aot_eager"))
+    for name, g in expected.items():
+        assert_close(got[name], g, atol=1e-6, rtol=1e-4)
