@@ -22,7 +22,7 @@ GATED: dict[str, Any] = {
     "mole-hidden": lw.MoLE(evidence="hidden", normalization="layer"),
     "mole-token": lw.MoLE(pooling="token", granularity="matrix", gate_form="full"),
     "mole-mean": lw.MoLE(pooling="mean"),
-    "mole-flatten": lw.MoLE(pooling="flatten", max_length=12),
+    "mole-flatten": lw.MoLE(pooling="flatten", max_length=12, normalization="layer", gate_form="full"),
     "mole-top1": lw.MoLE(activation="top1"),
     "mole-top1-mean": lw.MoLE(activation="top1", pooling="mean"),
     "mole-topk": lw.MoLE(activation="topk", k=2, scale=1.0),

@@ -241,10 +241,15 @@ def experts(model: nn.Module, name: str, dtype: torch.dtype = torch.float32) -> 
 
 
 def attached(
-    name: str, policy: Any = None, dtype: torch.dtype = torch.float32, *, seed_dtype: torch.dtype | None = None
+    name: str,
+    policy: Any = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    seed_dtype: torch.dtype | None = None,
+    **options: Any,
 ) -> Mixture:
     """Three experts on a fresh tiny model; the experts have ``seed_dtype``, by default the model's dtype."""
-    host = model(name, dtype)
+    host = model(name, dtype, **options)
     return lw.attach(host, experts(host, name, seed_dtype or dtype), policy)
 
 

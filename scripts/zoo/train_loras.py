@@ -126,7 +126,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the real data sets")
     parser.add_argument("--base", type=Path, default=BASE_DIR)
     parser.add_argument("--out", type=Path, default=LORA_DIR)
-    parser.add_argument("--only", nargs="+", choices=[lora.name for lora in LORAS + CANDIDATES], help="train only these")
+    parser.add_argument(
+        "--only", nargs="+", choices=[lora.name for lora in LORAS + CANDIDATES], help="train only these"
+    )
     parser.add_argument("--again", action="store_true", help="also those that exist")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the steps, for a trial")
     parser.add_argument("--rate", type=float, default=1.0, help="factor on the learning rate, for a trial")

@@ -324,6 +324,7 @@ class Mixture:
                 prompted=spec.prompted,
                 features=width,
                 experts=self.experts,
+                width=self._anatomy.width,
             )
             site = Site(plan, layers, self._streams[spec.name])
             site.gate = policy.gate(plan)

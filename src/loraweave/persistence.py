@@ -243,7 +243,8 @@ def _load_expert(entry: Any, place: Path, allow_changed: bool) -> Expert:
     if expert.sha256 != entry["sha256"] and not allow_changed:
         raise LoraweaveError(
             f"expert {name!r} ({entry['source']}) has changed since the mixture was saved: its sha256 starts with "
-            f"{expert.sha256[:12]}, expected {entry['sha256'][:12]}; restore it, or load with allow_changed=True and check the results"
+            f"{expert.sha256[:12]}, expected {entry['sha256'][:12]}; restore it, or load with allow_changed=True and "
+            "check the results"
         )
     return expert
 

@@ -36,7 +36,7 @@ class SlowBlock(nn.Module):
 
 
 def decide(gate: Any, mask: Tensor | None, changes: Tensor) -> Tensor:
-    """Weights ``[rows, tokens or 1, E]`` from changes ``[E, rows, tokens, d]``, token by token, as the equations read."""
+    """Weights ``[rows, tokens or 1, E]`` from changes ``[E, rows, tokens, d]``, token by token."""
     rows, tokens = changes.shape[1:3]
     g = torch.empty(rows, tokens if mask is None else 1, 3, dtype=changes.dtype)
     for row in range(rows):
@@ -120,10 +120,12 @@ def test_a_block_whose_first_expert_module_is_not_its_door(target: str) -> None:
     summed = tiny.logits(host, inputs)
     assert (summed - tiny.logits(tiny.model("llama", num_attention_heads=2, head_dim=8), inputs)).abs().max() > 1e-2
     mixture.policy = lw.MoLE(mix="outputs", gate_form="full")
-    tiny.logits(host, inputs)
+    once = tiny.logits(host, inputs)
+    tiny.randomize(mixture)
+    assert (tiny.logits(host, inputs) - once).abs().max() > 1e-3
 
 
 def test_options_that_do_not_go_together() -> None:
     for options in ({"granularity": "matrix"}, {"gate_form": "compact"}, {"evidence": "hidden"}):
-        with pytest.raises(lw.LoraweaveError, match="mix='outputs'.* needs"):
+        with pytest.raises(lw.LoraweaveError, match=r"mix='outputs'.* needs"):
             lw.MoLE(**({"mix": "outputs", "gate_form": "full"} | options))

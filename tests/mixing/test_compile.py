@@ -40,9 +40,8 @@ def compiled(name: str, backend: str) -> None:
     assert_close(got, tiny.logits(mixture.model, other), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["sum", "token", "mean"])
-def test_one_graph(name: str) -> None:
-    compiled(name, "eager")
+def test_one_graph() -> None:
+    compiled("token", "eager")
 
 
 @pytest.mark.slow

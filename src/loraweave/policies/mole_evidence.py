@@ -75,7 +75,7 @@ class RankReader(nn.Module):
         self.register_buffer("root", torch.block_diag(*(f.scale * symmetric_root(f.B) for f in present)), False)
         self.register_buffer("ones", torch.cat([f.scale * f.B.float().sum(0) for f in present]), False)
         if full:
-            padded = torch.zeros(len(experts), max(layout.ranks), width, device=bank.Bt.device)
+            padded = torch.zeros(len(experts), max(layout.ranks), width, device=bank.Bt.device, dtype=torch.float32)
             for i, f in enumerate(experts):
                 if f is not None:
                     padded[i, : f.rank] = f.scale * f.B.T.float()

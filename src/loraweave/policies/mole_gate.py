@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,16 +40,16 @@ class MoLEGate(nn.Module):
         self.experts = N = len(site.experts)
         self.reader: WideReader | RankReader = _reader(policy, site)
         length = (cast(int, policy.max_length),) if self.pooling == "flatten" else ()
-        device = site.bank.A.device
-        self.e = nn.Parameter(torch.zeros(*length, *self.reader.shape, N, device=device))
+        like: dict[str, Any] = {"device": site.bank.A.device, "dtype": torch.float32}
+        self.e = nn.Parameter(torch.zeros(*length, *self.reader.shape, N, **like))
         told = isinstance(self.reader, WideReader) or self.reader.full or policy.normalization != "layer"
-        self.columns = None if told else nn.Parameter(torch.zeros(N, device=device))
+        self.columns = None if told else nn.Parameter(torch.zeros(N, **like))
         sigmoid = policy.activation == "sigmoid"
-        self.bias = nn.Parameter(torch.full((N,), SIGMOID_START, device=device)) if sigmoid else None
-        start = torch.tensor(math.log(policy.temperature), device=device)
+        self.bias = nn.Parameter(torch.full((N,), SIGMOID_START, **like)) if sigmoid else None
+        start = torch.tensor(math.log(policy.temperature), **like)
         self.log_temperature = nn.Parameter(start, requires_grad=policy.learn_temperature)
         scale = 1.0 if policy.activation in ("top1", "sigmoid") else policy.scale
-        total = torch.tensor(float(N if scale == "experts" else scale), device=device)
+        total = torch.tensor(float(N if scale == "experts" else scale), **like)
         self.scale = nn.Parameter(total, requires_grad=policy.learn_scale)
         self.closed: Tensor | None = None
         self.kept = N
@@ -70,6 +70,15 @@ class MoLEGate(nn.Module):
         self.kept = self.experts if kept is None else int(kept.sum())
 
     def forward(self, evidence: Evidence) -> Weights:
+        device = evidence.hidden.device.type
+        if torch.is_autocast_enabled(device):
+            # Squares of evidence overflow half precision, and small differences between experts drown in it.
+            with torch.autocast(device, enabled=False):
+                return self.decide(evidence)
+        return self.decide(evidence)
+
+    def decide(self, evidence: Evidence) -> Weights:
+        """Weights from evidence, in single precision."""
         stream = evidence.stream
         if self.pooling == "token":
             return self.activate(self.logits(evidence))
@@ -92,7 +101,7 @@ class MoLEGate(nn.Module):
         normalization = self.policy.normalization
         coordinates, square, total = self.reader.measure(v, total=normalization == "layer")
         e = self.e[: v.shape[1]] if self.pooling == "flatten" else self.e
-        matrix, columns, size = self.reader.matrix(e), self.reader.columns(e), self.reader.size
+        matrix, columns, size = self.reader.matrix(e), self.reader.columns(self.e), self.reader.size
         if columns is None:
             columns = self.columns
         if self.pooling == "flatten":
@@ -169,7 +178,7 @@ def resolve_pooling(policy: MoLE, site: SitePlan) -> Pooling:
 def _reader(policy: MoLE, site: SitePlan) -> WideReader | RankReader:
     N = len(site.experts)
     if policy.mix == "outputs" and site.block is not None:
-        width = site.features[0]
+        width = site.width or site.features[0]
         return WideReader(N * width, (N, width))
     if policy.evidence == "hidden":
         width = site.features[1 if site.bank.embedding else 0]
