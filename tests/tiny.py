@@ -386,3 +386,24 @@ class Decisions:
             return site.constant.view(1, 1, -1)
         self.asked[path] = self.asked.get(path, 0) + 1
         return self.made[site.name][self.asked[path] - 1]
+
+
+# ---------------------------------------------------------------- text
+
+
+def tokenizer(ends: bool = True) -> Any:
+    """A token per character; with ``ends`` every text gets an end token, as T5's do."""
+    from tokenizers import Tokenizer, decoders, models, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "</s>", "<s>", "<unk>"]
+    vocabulary = {token: n for n, token in enumerate([*special, *"abcdefghijklmnopqrstuvwxyz0123456789 \n:="])}
+    assert len(vocabulary) <= VOCAB
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    raw.decoder = decoders.Fuse()
+    raw.add_special_tokens(special)
+    if ends:
+        raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", END)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", bos_token="<s>", unk_token="<unk>"
+    )

@@ -69,13 +69,15 @@ def save(
 
 def describe(mixture: Mixture) -> dict[str, Any]:
     """What ``mixture.json`` says, without the experts' places."""
-    from loraweave import __version__
+    from loraweave import __version__, zoo
 
     model = mixture.model
+    name = getattr(model, "name_or_path", "") or None
+    bundled = name is not None and Path(name) == Path(zoo.__file__).parent / "weights" / "base"
     return {
         "format": FORMAT,
         "loraweave": __version__,
-        "base": {"id": getattr(model, "name_or_path", "") or None, "class": type(model).__name__},
+        "base": {"id": "zoo" if bundled else name, "class": type(model).__name__},
         "method": registry.to_dict(mixture.policy),
         "blocks": None if mixture.blocks is None else list(mixture.blocks),
         "experts": [],

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,8 @@ class GateTrainer(Trainer):
         self.mixture = mixture
         self.balance = float(getattr(mixture.policy, "balance", 0.0) if balance is None else balance)
         self._seen: dict[str, Tensor] = {}
-        super().__init__(model=mixture.model, args=args, **options)
+        with _as_adapted(mixture.model):
+            super().__init__(model=mixture.model, args=args, **options)
         if _ignores_items(mixture.model):
             self.model_accepts_loss_kwargs = False
 
@@ -100,6 +101,19 @@ class GateTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         persistence.load_gates(self.mixture, str(self.state.best_model_checkpoint))
+
+
+@contextmanager
+def _as_adapted(model: Any) -> Iterator[None]:
+    """The trainer refuses quantised models without adapters, and knows peft's alone; gates over LoRAs are adapters."""
+    if not getattr(model, "is_quantized", False) or getattr(model, "_hf_peft_config_loaded", False):
+        yield
+        return
+    model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        del model._hf_peft_config_loaded
 
 
 def _ignores_items(model: nn.Module) -> bool:

@@ -1,0 +1,27 @@
+"""Trains gates, alone or as one of several processes; writes the result. Run by test_ddp.py."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import lessons
+import torch
+from safetensors.torch import save_file
+
+import loraweave as lw
+import tiny
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    architecture, batch, balance, out = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), Path(sys.argv[4])
+    mixture = tiny.randomize(lessons.mixture(architecture))
+    arguments = lessons.arguments(
+        out, max_steps=4, per_device_train_batch_size=batch, save_strategy="steps", save_steps=4, ddp_backend="gloo"
+    )
+    rows = lessons.lesson(architecture, 16)
+    trainer = lw.GateTrainer(mixture, arguments, balance=balance, train_dataset=rows)
+    trainer.train()
+    save_file(lessons.gates(mixture), out / f"rank{arguments.process_index}.safetensors")
