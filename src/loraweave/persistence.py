@@ -159,6 +159,9 @@ def push(mixture: Mixture, repo_id: str, *, copy_experts: bool, private: bool, a
     hub = api or HfApi()
     with tempfile.TemporaryDirectory() as scratch:
         place = save(mixture, Path(scratch) / "mixture", copy_experts=copy_experts)
+        said = dict(_read_json(place / MIXTURE))
+        if Path(said["base"]["id"] or "").is_absolute():  # a folder of this machine, which nobody else has
+            write_json_atomic(place / MIXTURE, said | {"base": said["base"] | {"id": None}})
         url = hub.create_repo(repo_id, private=private, exist_ok=True)
         hub.upload_folder(repo_id=repo_id, folder_path=str(place), commit_message="Upload loraweave mixture")
     return str(url)
@@ -317,6 +320,9 @@ def load_model(name: str, kind: Any) -> nn.Module:
 
     try:
         model: nn.Module = kind.from_pretrained(str(base_path()) if name == "zoo" else name)
+        if not torch.cuda.is_available() and model.dtype == torch.float16:
+            # Half precision is for storage here: processors compute in it many times more slowly than in fp32.
+            model = model.float()
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise LoraweaveError(f"base model {name!r}: cannot be loaded ({first})") from error

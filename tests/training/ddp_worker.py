@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -19,7 +20,12 @@ if __name__ == "__main__":
     architecture, batch, balance, out = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), Path(sys.argv[4])
     mixture = tiny.randomize(lessons.mixture(architecture))
     arguments = lessons.arguments(
-        out, max_steps=4, per_device_train_batch_size=batch, save_strategy="steps", save_steps=4, ddp_backend="gloo"
+        out,
+        max_steps=4,
+        per_device_train_batch_size=batch,
+        save_strategy="steps",
+        save_steps=4,
+        ddp_backend="gloo" if "RANK" in os.environ else None,
     )
     rows = lessons.lesson(architecture, 16)
     trainer = lw.GateTrainer(mixture, arguments, balance=balance, train_dataset=rows)
