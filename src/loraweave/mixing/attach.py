@@ -44,6 +44,7 @@ def attach_layers(model: nn.Module, experts: Sequence[Expert]) -> Attachment:
     for number, expert in enumerate(experts):
         _refuse_stranger(expert, model, modules)
         for path, factors in expert.factors.items():
+            _refuse_uncalled(expert, path, modules)
             _check_shape(expert, path, modules[path], factors)
             by_path.setdefault(path, [None] * len(experts))[number] = factors
     order = {path: n for n, path in enumerate(modules)}
@@ -82,12 +83,23 @@ def _refuse_attached(model: nn.Module) -> None:
 
 
 def _refuse_stranger(expert: Expert, model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    if not expert.factors:
+        raise LoraweaveError(f"expert {expert.name!r} ({expert.source or 'from memory'}) has no LoRA in any module")
     missing = [path for path in expert.factors if path not in modules]
     if missing:
         made_for = f"; it says it was made for {expert.base!r}" if expert.base else ""
         raise LoraweaveError(
             f"expert {expert.name!r} ({expert.source}) does not fit {type(model).__name__}: {len(missing)} of its "
             f"{len(expert.factors)} modules do not exist there, the first is {missing[0]!r}{made_for}"
+        )
+
+
+def _refuse_uncalled(expert: Expert, path: str, modules: Mapping[str, nn.Module]) -> None:
+    parent = modules[path.rpartition(".")[0]]
+    if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+        raise LoraweaveError(
+            f"expert {expert.name!r}: {path!r} stands in torch's own {type(parent).__name__}, which reads its parts' "
+            "weights without calling them, so that an expert would have no effect there"
         )
 
 

@@ -72,7 +72,7 @@ def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over the tokens a mask keeps: ``[B, T, C]``, ``[B, T]`` -> ``[B, 1, C]``."""
     if mask is None:
         return x.mean(1, keepdim=True)
-    kept = mask.to(x.dtype).unsqueeze(-1)
+    kept = mask.to(x).unsqueeze(-1)
     return (x * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)
 
 

@@ -33,7 +33,7 @@ class Record:
 
     def _add(self, name: str, g: Tensor, mask: Tensor | None) -> None:
         self.weights[name] = g
-        kept = torch.ones(g.shape[:2], device=g.device) if mask is None else mask.float()
+        kept = torch.ones(g.shape[:2], device=g.device) if mask is None else mask.to(g)
         total = (g * kept.unsqueeze(-1)).sum((0, 1))
         self._sums[name] = self._sums[name] + total if name in self._sums else total
         self._counts[name] = self._counts.get(name, 0.0) + float(kept.sum())

@@ -75,7 +75,7 @@ class Site:
         self.driven = False
         self._driving: Weights | None = None
         self.observers: list[Callable[[Site], None]] = []
-        self._row_weights: dict[Layout, Tensor] = {}
+        self._row_weights: dict[tuple[Layout, torch.device], Tensor] = {}
         self._tokens = 1
 
     def __getstate__(self) -> dict[str, Any]:
@@ -130,11 +130,11 @@ class Site:
 
     def row_weights(self, layout: Layout, a: Tensor) -> Tensor:
         """Weights of the rank rows, shaped to multiply ``a`` ``[..., R]``."""
-        if layout not in self._row_weights:
+        w = self._row_weights.get((layout, a.device))  # a site may span devices
+        if w is None:
             dense = self._weights().dense
-            dense = dense.to(torch.promote_types(dense.dtype, a.dtype))
-            self._row_weights[layout] = (dense @ layout.spread(dense)).to(a.dtype)
-        w = self._row_weights[layout]
+            dense = dense.to(a.device, torch.promote_types(dense.dtype, a.dtype))
+            w = self._row_weights[layout, a.device] = (dense @ layout.spread(dense)).to(a.dtype)
         if a.ndim == 3:
             return w
         if a.ndim == 2:
@@ -153,6 +153,7 @@ class Site:
         used = index.shape[-1] * rows.shape[1]
         if x.shape[1] * (bank.layout.rows - used) < 4 * used or torch.is_autocast_enabled(x.device.type):
             return None
+        index, values = index.to(rows.device), values.to(rows.device)
         picked = rows[index[:, 0]].flatten(1)
         w = (scales[index[:, 0]] * values[:, 0].unsqueeze(-1).to(bank.A.dtype)).flatten(1).unsqueeze(1)
         return bank.A[picked], w, bank.Bt[picked]

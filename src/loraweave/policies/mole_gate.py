@@ -62,6 +62,7 @@ class MoLEGate(nn.Module):
             return changed if changed.dtype == tensor.dtype else tensor.to(changed.device)
 
         super()._apply(moved, recurse)
+        self.closed = None if self.closed is None else moved(self.closed)
         return self
 
     def keep(self, kept: Tensor | None) -> None:
@@ -131,8 +132,9 @@ class MoLEGate(nn.Module):
         if mask is None:
             return v
         # Real tokens go to the front, so that left padding does not change which parameters read them.
-        order = mask.long().argsort(dim=1, descending=True, stable=True).unsqueeze(-1)
-        return (v * mask.to(v.dtype).unsqueeze(-1)).gather(1, order.expand_as(v))
+        mask = mask.to(v)
+        order = mask.argsort(dim=1, descending=True, stable=True).unsqueeze(-1)
+        return (v * mask.unsqueeze(-1)).gather(1, order.expand_as(v))
 
     def activate(self, logits: Tensor) -> Weights:
         """Eq. 11 and its relatives: logits -> weights, masked experts left out."""
