@@ -11,7 +11,7 @@ CONSTANT: dict[str, Any] = {
     "sum-weights": lw.Sum(0.5, {"bee": -1.25, "cat": 0.0}),
     "linear": lw.Linear(),
     "linear-weights": lw.Linear({"ant": 3.0, "cat": 1.0}),
-    "linear-blocks": lw.Linear(blocks={"*.1": {"ant": 0.5, "bee": 1.0, "cat": 2.0}}),
+    "linear-blocks": lw.Linear(blocks={"*.0.*": {"ant": 0.5, "bee": 1.0, "cat": 2.0}}),
 }
 GATED: dict[str, Any] = {
     "mole": lw.MoLE(),

@@ -329,6 +329,9 @@ class Mixture:
             site = Site(plan, layers, self._streams[spec.name])
             site.gate = policy.gate(plan)
             sites.append(site)
+        check = getattr(policy, "check", None)
+        if check is not None:
+            check([site.plan for site in sites])
         return tuple(sites)
 
     def _mix_blocks(self) -> None:

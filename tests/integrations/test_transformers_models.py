@@ -118,9 +118,12 @@ def test_models_that_flatten_rows_and_tokens(granularity: Any, pooling: Any) -> 
     sizes = {"vocab_size": 48, "hidden_size": 32, "ffn_dim": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
     host = OPTForCausalLM(OPTConfig(**sizes, max_position_embeddings=64, word_embed_proj_dim=32, dropout=0.0)).eval()
     experts = {n: tiny.expert(host, ["q_proj", "fc1", "fc2"], 2, seed=i) for i, n in enumerate(tiny.NAMES)}
-    tiny.randomize(lw.attach(host, experts, lw.MoLE(granularity, pooling=pooling)))
+    mixture = tiny.randomize(lw.attach(host, experts, lw.MoLE(granularity, pooling=pooling)))
     inputs = tiny.batch("llama")
-    out = tiny.logits(host, inputs)
+    with mixture.record() as seen:
+        out = tiny.logits(host, inputs)
+    for site, g in seen.weights.items():
+        assert g.shape == (3, 7 if pooling == "token" else 1, 3), site
     for row in range(3):
         alone = tiny.logits(host, tiny.row_of(inputs, row))[0]
         assert_close(alone, tiny.real_logits(out, inputs, row), atol=1e-5, rtol=1e-4)
@@ -178,3 +181,14 @@ def test_layer_dropout_skips_whole_blocks() -> None:
     ran = {site.name for site in mixture.sites if site.current is not None}
     assert not any("encoder.layers" in name for name in ran)
     assert objective.balance([s for s in mixture.sites if s.current is not None]).requires_grad
+
+
+def test_torchs_own_attention_would_pass_experts_by() -> None:
+    """It reads its projections' weights without calling them."""
+    for host, path in (
+        (torch.nn.Sequential(torch.nn.MultiheadAttention(8, 2)), "0.out_proj"),
+        (torch.nn.Sequential(torch.nn.TransformerEncoderLayer(8, 2, 8)), "0.linear1"),
+    ):
+        factors = lw.LoraFactors(torch.ones(1, 8), torch.ones(8, 1), 1.0)
+        with pytest.raises(lw.LoraweaveError, match=rf"{path}.*without calling them"):
+            lw.attach(host, {"a": lw.Expert("a", {path: factors})}, lw.Sum())

@@ -126,7 +126,7 @@ def test_attaching_twice_is_an_error() -> None:
     with pytest.raises(lw.LoraweaveError, match=r"attached to this model already.*detach\(\) first"):
         lw.attach(host, experts, lw.Sum())
     with pytest.raises(lw.LoraweaveError, match="attached to this model already"):
-        lw.attach(host.model, {"a": lw.Expert("a", {})}, lw.Sum())
+        lw.attach(host.model, experts, lw.Sum())
     assert torch.equal(tiny.logits(host, inputs), out)
     mixture.detach()
     lw.attach(host, experts, lw.Sum())
@@ -153,6 +153,7 @@ def failing_attachments(host: Any) -> dict[str, tuple[Any, Any, str]]:
         "stranger": (experts | {"odd": stranger}, lw.Sum(), "do not exist there, the first is 'model.layers.9"),
         "unknown name": (experts, lw.Linear({"ent": 1.0}), "unknown expert 'ent'; did you mean 'ant'"),
         "zero sum": (experts, lw.Linear({"ant": 1.0, "bee": -1.0}), "sum to 0"),
+        "an empty expert": (experts | {"odd": lw.Expert("odd", {})}, lw.Sum(), "'odd' .* has no LoRA in any module"),
         "no experts": ({}, lw.Sum(), "at least one"),
         "norm": ({"odd": lw.Expert("odd", {"model.norm": some})}, lw.Sum(), "RMSNorm"),
         "embedding as linear": (

@@ -127,3 +127,12 @@ def test_default_dtype_does_not_matter() -> None:
         assert_close(tiny.logits(mixture.model, inputs), expected, atol=1e-5, rtol=1e-5)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_masks_move_with_the_model() -> None:
+    mixture = tiny.attached("llama", lw.MoLE())
+    with mixture.only("ant"):
+        mixture.model.to("meta")
+        assert all(gate.closed.device.type == "meta" for gate in mixture.gates.values())
+        mixture.model.half()
+        assert all(gate.closed.dtype == torch.bool for gate in mixture.gates.values())

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from loraweave.mixing import numerics
 
 sizes = st.integers(1, 4)
-few = settings(max_examples=25, deadline=None)
+few = settings(max_examples=25)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -31,7 +31,7 @@ def cases(draw: Any) -> tuple[dict[str, lw.Expert], list[float]]:
     return toy.experts(ranks, scales, draw(st.integers(0, 9))), weights
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases())
 def test_any_constant_mixture(case: tuple[dict[str, lw.Expert], list[float]]) -> None:
     experts, weights = case
@@ -64,7 +64,7 @@ def test_any_constant_mixture(case: tuple[dict[str, lw.Expert], list[float]]) ->
         assert torch.equal(host(ids), bare)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(cases())
 def test_banks(case: tuple[dict[str, lw.Expert], list[float]]) -> None:
     experts, weights = case

@@ -63,6 +63,7 @@ def test_linear_by_block(llama: Mixture) -> None:
         (lw.Linear({"cat": "much"}), "weight of 'cat': expected a finite number, got 'much'"),  # type: ignore[dict-item]
         (lw.Linear({"ant": 1, "cat": -1}), "sum to 0 and cannot be normalised"),
         (lw.Linear({}), "sum to 0"),
+        (lw.Linear(blocks={"model.layer.0": {"cat": 1.0}}), r"'model.layer.0' fits no module that an expert extends"),
     ],
 )
 def test_weights_are_checked_and_the_old_policy_stays(llama: Mixture, policy: Any, message: str) -> None:

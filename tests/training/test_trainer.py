@@ -16,6 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 import loraweave as lw
 import tiny
 from loraweave.training import objective
+from loraweave.training.trainer import gate_statistics
 
 
 def trainer(mixture: Any, folder: Path, rows: Any, balance: float | None = None, **options: Any) -> lw.GateTrainer:
@@ -57,11 +58,10 @@ def test_the_log(tmp_path: Path) -> None:
     assert first["loss"] == pytest.approx(first["task_loss"] + 0.5 * first["balance_loss"], abs=1e-3)
 
 
-def test_entropy_and_load_are_those_of_the_last_pass() -> None:
-    from loraweave.training.trainer import gate_statistics
-
-    mixture = tiny.randomize(lessons.mixture("t5"))
-    inputs = tiny.batch("t5")
+@pytest.mark.parametrize("architecture", lessons.ARCHITECTURES)
+def test_entropy_and_load_are_those_of_the_last_pass(architecture: str) -> None:
+    mixture = tiny.randomize(lessons.mixture(architecture))
+    inputs = tiny.batch(architecture)
     with mixture.record() as seen:
         tiny.logits(mixture.model, inputs)
     said = gate_statistics(mixture)
@@ -74,8 +74,10 @@ def test_entropy_and_load_are_those_of_the_last_pass() -> None:
         loads.append(p.mean(0))
         assert said[f"entropy/{name}"] == pytest.approx(entropies[name], abs=1e-4)
     assert said["entropy"] == pytest.approx(sum(entropies.values()) / len(entropies), abs=1e-4)
-    for expert, load in zip(tiny.NAMES, torch.stack(loads).mean(0), strict=True):
+    mean = torch.stack(loads).mean(0)
+    for expert, load in zip(tiny.NAMES, mean, strict=True):
         assert said[f"load/{expert}"] == pytest.approx(float(load), abs=1e-4)
+    assert float(objective.balance(mixture.sites)) == pytest.approx(float(-mean.log().sum()), abs=1e-4)
 
 
 def test_balance_keeps_experts_in_use(tmp_path: Path) -> None:

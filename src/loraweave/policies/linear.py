@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -50,6 +50,15 @@ class Linear:
                 f"linear weights at {site.members[0]}: they sum to 0 and cannot be normalised; use sum"
             )
         return vector / vector.sum()
+
+    def check(self, sites: Sequence[SitePlan]) -> None:
+        """Raise if a pattern fits nothing: its weights would be passed over in silence."""
+        for pattern in self.blocks or {}:
+            if not any(_covers(pattern, path) for site in sites for path in site.members):
+                raise LoraweaveError(
+                    f"linear blocks: {pattern!r} fits no module that an expert extends; these are, among others, "
+                    f"{', '.join(repr(site.members[0]) for site in sites[:2])}"
+                )
 
     def gate(self, site: SitePlan) -> None:
         """Nothing is learned."""
