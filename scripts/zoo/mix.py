@@ -112,22 +112,42 @@ def tokenizer_text(data: Path) -> Iterator[str]:
         yield row["input"]
 
 
-def stream(data: Path, seed: str, vocabulary: list[str], rows: int) -> Iterator[list[Row]]:
-    """Endless batches of ``rows`` rows of generated tasks, all families together; every eighth has longer rows.
+def sentences(data: Path) -> list[str]:
+    """English sentences that may train shipped weights: SNLI's, with their explanations, and wonderland."""
+    found: dict[str, None] = {}
+    for row in read_jsonl(data / "snli" / "train.jsonl"):
+        found.update(dict.fromkeys((row["premise"], row["hypothesis"], row["explanation"])))
+    with gzip.open(data / "pretrain_text" / "wonderland.txt.gz", "rt", encoding="utf-8") as file:
+        found.update(dict.fromkeys(line.strip() for line in file))
+    return [line for line in found if 5 <= len(line.split()) <= 24]
 
-    The longer ones (slots, copying, SNLI) come half as many at a time, so that short rows need not be padded to theirs.
-    Families that walk along their input are drawn three times as often as the others.
-    """
+
+def fill_row(rng: random.Random, lines: list[str]) -> Row:
+    """A sentence to write from its words of four letters and more, in order: teaches the small words of English."""
+    while True:
+        line = rng.choice(lines)
+        kept = [word for word in line.lower().replace(".", "").replace(",", "").split() if len(word) > 3]
+        if 2 <= len(kept) <= 10:
+            return "fill", f"fill in: {' '.join(kept)}", line
+
+
+def stream(data: Path, seed: str, vocabulary: list[str]) -> Iterator[Row]:
+    """Endless rows of everything, well mixed; families that walk along their input are drawn twice as often."""
     rng = random.Random(f"mix|{seed}")
     nli = [("snli", row["input"], row["target"]) for row in read_jsonl(data / "snli" / "train.jsonl")]
+    lines = sentences(data)
     chosen = [tasks.get(name) for name in base_tasks()]
-    weights = list(itertools.accumulate(3 if task.family in WALKING else 1 for task in chosen))
+    weights = list(itertools.accumulate(2 if task.family in WALKING else 1 for task in chosen))
+    makers = {
+        "task": lambda: _task_row(rng.choices(chosen, cum_weights=weights)[0], rng),
+        "slots": lambda: slot_row(rng),
+        "copy": lambda: copy_row(rng, vocabulary),
+        "fill": lambda: fill_row(rng, lines),
+        "snli": lambda: rng.choice(nli),
+    }
+    shares = (78, 9, 4, 6, 3)
     while True:
-        for _ in range(7):
-            yield [_task_row(rng.choices(chosen, cum_weights=weights)[0], rng) for _ in range(rows)]
-        kinds = rng.choices(("slots", "copy", "snli"), (5, 2, 2), k=rows // 2)
-        makers = {"slots": slot_row, "copy": lambda r: copy_row(r, vocabulary), "snli": lambda r: r.choice(nli)}
-        yield [makers[kind](rng) for kind in kinds]
+        yield makers[rng.choices(tuple(makers), shares)[0]]()
 
 
 def _task_row(task: tasks.Task, rng: random.Random) -> Row:
@@ -143,5 +163,7 @@ def validation_rows(data: Path, seed: int, vocabulary: list[str]) -> list[Row]:
     rng = random.Random(f"mix-validation|{seed}")
     rows = task_rows(6, seed, "validation")
     rows += [slot_row(rng) for _ in range(60)] + [copy_row(rng, vocabulary) for _ in range(60)]
-    rows += [("snli", row["input"], row["target"]) for row in read_jsonl(data / "snli" / "validation.jsonl")[:60]]
+    held_out = read_jsonl(data / "snli" / "validation.jsonl")
+    rows += [("snli", row["input"], row["target"]) for row in held_out[:60]]
+    rows += [fill_row(rng, [row["premise"] for row in held_out]) for _ in range(60)]
     return rows

@@ -9,9 +9,11 @@ goes on from the last one when started again. The finished model is rounded to f
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import random
+import re
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -19,13 +21,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from mix import SENTINELS, Row, stream, tokenizer_text, validation_rows
 from settings import BASE_DIR
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
-
-NEIGHBOUR = 4.0
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,17 @@ class Settings:
     num_decoder_layers: int = 3
     learning_rate: float = 2e-3
     bias_factor: float = 20.0  # position biases must move by several units, other weights by a tenth of one
-    bias_start: float = 5.0  # see point_heads
+    neighbour: float = 5.0  # see teach_copying for this and the next three
+    write: float = 2.0
+    match: float = 0.5
+    copy: float = 4.0
     warmup_steps: int = 40
-    batch_rows: int = 128  # of all families together: batches of one family at a time teach much more slowly
+    batch_rows: int = 64  # a worker's; of all families together: batches of one family teach much more slowly
+    pool_batches: int = 16  # batches cut from one pool of rows sorted by length, which saves most of the padding
+    average_steps: int = 8  # the workers' weights are averaged so often
     seed: int = 0
     bf16: bool = True
-    checkpoint_minutes: float = 2.0
+    checkpoint_minutes: float = 2.5
     log_steps: int = 50
 
 
@@ -54,9 +61,19 @@ def make_tokenizer(data: Path, settings: Settings) -> PreTrainedTokenizerFast:
     """A byte-level BPE in which every digit is its own token."""
     specials = ["<pad>", "</s>", "<unk>", *(f"<extra_id_{i}>" for i in range(SENTINELS))]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    digits, pieces = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pieces])
-    tokenizer.decoder = decoders.ByteLevel()
+    opening = ("='", "=", "[", "(")
+    tokenizer.normalizer = normalizers.Sequence(  # so that a word inside brackets is the same token as in a sentence
+        [normalizers.Replace(Regex(rf"{re.escape(o)}(?=[\p{{L}}\d£])"), f"{o} ") for o in opening]
+        + [normalizers.Prepend(" ")]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r" ?\d| ?\p{L}+| ?[^\s\d\p{L}]+|\s+(?!\S)|\s+"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    closing = [decoders.Replace(f"{o} ", o) for o in opening]
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), *closing, decoders.Strip(" ", 1, 0)])
     trainer = trainers.BpeTrainer(
         vocab_size=settings.vocab_size,
         special_tokens=specials,
@@ -92,15 +109,41 @@ def make_model(settings: Settings) -> T5ForConditionalGeneration:
         decoder_start_token_id=0,
     )
     model = T5ForConditionalGeneration(config)
-    with torch.no_grad():
-        # One head starts out looking at the word before, one at the word after: copying in order needs it, and finding
-        # it by chance takes a small model longer than all of this training.
-        encoder, decoder = (stack.block[0].layer[0].SelfAttention for stack in (model.encoder, model.decoder))
-        after = encoder.relative_attention_num_buckets // 2 + 1
-        encoder.relative_attention_bias.weight[1, 0] += NEIGHBOUR
-        encoder.relative_attention_bias.weight[after, 1] += NEIGHBOUR
-        decoder.relative_attention_bias.weight[1, 0] += NEIGHBOUR
+    teach_copying(model, settings)
     return model
+
+
+@torch.no_grad()
+def teach_copying(model: T5ForConditionalGeneration, settings: Settings) -> None:
+    """Starts the model with the circuit that copies in order, which a small T5 takes hours to find by chance.
+
+    T5 has no absolute positions, so the decoder walks along its input by content: "find the word that follows the one I
+    have just written". Two encoder heads tell every position its left and its right neighbour (the biases of their
+    relative positions point there), each in a subspace of its own; cross attention of the first decoder block matches
+    the decoder's own word against these and passes on what it finds. Training is free to change all of it. In the spirit of
+    mimetic initialisation (Trockman & Kolter, ICML 2023).
+    """
+    d, width = settings.d_kv, settings.d_model
+    basis = torch.linalg.qr(torch.randn(width, width))[0].T.contiguous()
+    word, left, right = basis[:d], basis[d : 2 * d], basis[2 * d : 3 * d]
+    encoder, decoder = model.encoder.block[0].layer[0].SelfAttention, model.decoder.block[0].layer[0].SelfAttention
+    after = encoder.relative_attention_num_buckets // 2 + 1
+    for head, (bucket, place) in enumerate(((1, left), (after, right))):
+        rows = slice(head * d, (head + 1) * d)
+        encoder.relative_attention_bias.weight[bucket, head] += settings.neighbour
+        encoder.q.weight[rows] = 0
+        encoder.v.weight[rows] = word
+        encoder.o.weight[:, rows] = settings.write * place.T
+    decoder.relative_attention_bias.weight[1, 0] += settings.neighbour
+    cross = model.decoder.block[0].layer[1].EncDecAttention
+    for head in range(4):  # three that walk forwards and together pass on most of a word, one that walks backwards
+        rows = slice(head * d, (head + 1) * d)
+        cross.q.weight[rows] = settings.match * word
+        cross.k.weight[rows] = left if head < 3 else right
+        if head < 3:
+            passed = basis[(3 + head) * d : (4 + head) * d]
+            cross.v.weight[rows] = passed
+            cross.o.weight[:, rows] = settings.copy * passed.T
 
 
 Encoded = list[tuple[str, list[int], list[int]]]
@@ -166,6 +209,31 @@ def export(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast
     tokenizer.save_pretrained(folder)
 
 
+def mixed(
+    rows: Iterator[Row], tokenizer: PreTrainedTokenizerFast, settings: Settings, rng: random.Random
+) -> Iterator[Encoded]:
+    """Endless batches of many families whose inputs are of about one length."""
+    size = settings.batch_rows
+    while True:
+        pool = encode(tokenizer, list(itertools.islice(rows, size * settings.pool_batches)))
+        pool.sort(key=lambda row: len(row[1]))
+        made = [pool[at : at + size] for at in range(0, len(pool), size)]
+        rng.shuffle(made)
+        yield from made
+
+
+def average(model: T5ForConditionalGeneration, spent: float) -> float:
+    """Averages the weights over the workers; returns the first worker's clock, so that all agree on it."""
+    clock = torch.tensor([spent if dist.get_rank() == 0 else 0.0])
+    flat = torch.cat([*(p.data.flatten() for p in model.parameters()), clock])
+    dist.all_reduce(flat)
+    at = 0
+    for parameter in model.parameters():
+        parameter.data.copy_(flat[at : at + parameter.numel()].view_as(parameter) / dist.get_world_size())
+        at += parameter.numel()
+    return flat[-1].item()
+
+
 def pieces(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """The text of every token that is whole characters."""
     found = [tokenizer.decode([i]) for i in range(3 + SENTINELS, len(tokenizer))]
@@ -179,15 +247,22 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("out/zoo-base"), help="folder of checkpoints and the log")
     parser.add_argument("--out", type=Path, default=BASE_DIR, help="folder of the finished model")
     parser.add_argument("--minutes", type=float, default=12.0, help="training time in all, over restarts")
+    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     args = parser.parse_args()
     settings = Settings()
     args.work.mkdir(parents=True, exist_ok=True)
     if not (args.work / "tokenizer").exists():
         make_tokenizer(args.data, settings).save_pretrained(args.work / "tokenizer")
-    train(args, settings, PreTrainedTokenizerFast.from_pretrained(args.work / "tokenizer"))
+    (args.work / "rendezvous").unlink(missing_ok=True)
+    mp.spawn(train, args=(args, settings), nprocs=args.workers)
 
 
-def train(args: argparse.Namespace, settings: Settings, tokenizer: PreTrainedTokenizerFast) -> None:
+def train(rank: int, args: argparse.Namespace, settings: Settings) -> None:
+    """One worker: local SGD on its own batches with one thread. The first one logs and saves."""
+    torch.set_num_threads(1)
+    store = f"file://{(args.work / 'rendezvous').resolve()}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=args.workers)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.work / "tokenizer")
     held_out = encode(tokenizer, validation_rows(args.data, settings.seed, pieces(tokenizer)))
     model = make_model(settings).train()
     biases = [p for name, p in model.named_parameters() if "relative_attention_bias" in name]
@@ -203,11 +278,12 @@ def train(args: argparse.Namespace, settings: Settings, tokenizer: PreTrainedTok
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, spent = state["step"], state["spent"]
-    rows = stream(args.data, f"{settings.seed}|{step}", pieces(tokenizer), settings.batch_rows)
+    seed = f"{settings.seed}|{step}|{rank}"
+    rows = mixed(stream(args.data, seed, pieces(tokenizer)), tokenizer, settings, random.Random(seed))
     budget, began, saved, total = args.minutes * 60, time.time() - spent, spent, 0.0
-    bar = tqdm(total=int(budget), initial=int(spent), unit="s", mininterval=10)
+    bar = tqdm(total=int(budget), initial=int(spent), unit="s", mininterval=10, disable=rank > 0)
     while spent < budget:
-        inputs = tensors(encode(tokenizer, next(rows)))
+        inputs = tensors(next(rows))
         rate = settings.learning_rate * min(1.0, (step + 1) / settings.warmup_steps)
         rate *= max(0.02, 0.5 * (1 + math.cos(math.pi * spent / budget)))
         for group in optimizer.param_groups:
@@ -218,7 +294,11 @@ def train(args: argparse.Namespace, settings: Settings, tokenizer: PreTrainedTok
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        step, spent, total = step + 1, time.time() - began, total + loss.item()
+        step, total = step + 1, total + loss.item()
+        if step % settings.average_steps == 0:
+            spent = average(model, time.time() - began)
+        if rank:
+            continue
         if step % settings.log_steps == 0:
             print(f" step {step} {spent:.0f} s loss {total / settings.log_steps:.3f}", flush=True)
             total = 0.0
@@ -233,6 +313,9 @@ def train(args: argparse.Namespace, settings: Settings, tokenizer: PreTrainedTok
             torch.save(state, state_path.with_suffix(".tmp"))
             state_path.with_suffix(".tmp").replace(state_path)
             export(model, tokenizer, args.work / "latest")
+    dist.destroy_process_group()
+    if rank:
+        return
     export(model, tokenizer, args.out)
     record = {"parameters": model.num_parameters(), "steps": step, "seconds": round(spent), "seed": settings.seed}
     (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

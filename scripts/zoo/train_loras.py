@@ -23,7 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from loras import CANDIDATES, LORAS, Lora
+from loras import LORAS, Lora
 from mix import Row, draw, read_jsonl
 from peft import LoraConfig, PeftModel, get_peft_model
 from settings import BASE_DIR, BASE_NAME, LORA_DIR
@@ -126,16 +126,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the real data sets")
     parser.add_argument("--base", type=Path, default=BASE_DIR)
     parser.add_argument("--out", type=Path, default=LORA_DIR)
-    parser.add_argument(
-        "--only", nargs="+", choices=[lora.name for lora in LORAS + CANDIDATES], help="train only these"
-    )
+    parser.add_argument("--only", nargs="+", choices=[lora.name for lora in LORAS], help="train only these")
     parser.add_argument("--again", action="store_true", help="also those that exist")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the steps, for a trial")
     parser.add_argument("--rate", type=float, default=1.0, help="factor on the learning rate, for a trial")
     parser.add_argument("--no-bf16", action="store_true")
     parser.add_argument("--workers", type=int, default=2, help="LoRAs trained at a time, with one thread each")
     args = parser.parse_args()
-    named = {lora.name: lora for lora in LORAS + CANDIDATES}
+    named = {lora.name: lora for lora in LORAS}
     chosen = [named[name] for name in args.only] if args.only else list(LORAS)
     chosen = [lora for lora in chosen if args.again or not (args.out / lora.name).exists()]
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:

@@ -185,6 +185,7 @@ class Mixture:
         for site, weights in zip(self.sites, constants, strict=True):
             if site.gate is not None:
                 site.gate.keep(self._kept)  # type: ignore[operator]
+                site.clear()
             site.constant = weights
             for layer in site.layers:
                 layer.fix(None if site.driven else weights)
@@ -310,7 +311,7 @@ class Mixture:
         places = [self._anatomy.place(path) for path in layers]
         streams = {spec.name: spec for spec in self._anatomy.streams}
         sites = []
-        for name, members in group(places, policy.granularity).items():
+        for name, members in group(places, policy.granularity, getattr(policy, "reads_ahead", False)).items():
             leader, spec = layers[members[0].path], streams[members[0].stream]
             width = features(leader.base)
             assert width is not None
@@ -325,6 +326,7 @@ class Mixture:
                 features=width,
                 experts=self.experts,
                 width=self._anatomy.width,
+                ahead=any(place.stream != members[0].stream for place in members),
             )
             site = Site(plan, layers, self._streams[spec.name])
             site.gate = policy.gate(plan)

@@ -10,11 +10,13 @@ import loraweave as lw
 import tiny
 
 
-def layout(architecture: str, granularity: Any, targets: Any = None, **options: Any) -> dict[str, list[str]]:
+def layout(
+    architecture: str, granularity: Any, targets: Any = None, pooling: Any = "token", **options: Any
+) -> dict[str, list[str]]:
     """Site name -> its members."""
     host = tiny.model(architecture)
     one = tiny.expert(host, targets or tiny.ARCHITECTURES[architecture].targets, 1)
-    mixture = lw.attach(host, {"a": one, "b": one}, lw.MoLE(granularity), **options)
+    mixture = lw.attach(host, {"a": one, "b": one}, lw.MoLE(granularity, pooling=pooling), **options)
     return {site.name: led(site.plan.members) for site in mixture.sites}
 
 
@@ -74,6 +76,24 @@ def test_t5() -> None:
         assert layout("t5", granularity) == {name: led(paths) for name, paths in expected.items()}
 
 
+def test_t5_decoders_that_decide_ahead() -> None:
+    """Keys of cross-attention lead the layer, block or decoder that they stand in; the encoder is as ever."""
+    blocks = {(stack, n): t5_block(stack, n) for stack in ("encoder", "decoder") for n in (0, 1)}
+    by_layer: dict[str, list[str]] = {}
+    by_block: dict[str, list[str]] = {}
+    network: dict[str, list[str]] = {"encoder": [], "decoder": []}
+    for (stack, n), (layers, cross) in blocks.items():
+        for name, paths in layers.items():
+            by_layer[name] = cross + paths if cross and name.endswith("layer.1") else paths
+        by_block[f"{stack}.block.{n}"] = cross + [path for paths in layers.values() for path in paths]
+        network[stack] += by_block[f"{stack}.block.{n}"]
+    for granularity, expected in (("layer", by_layer), ("block", by_block), ("network", network)):
+        assert layout("t5", granularity, pooling="auto") == {name: led(paths) for name, paths in expected.items()}
+    assert layout("t5", "matrix", pooling="auto") == layout("t5", "matrix")
+    without = layout("t5", "block", ["SelfAttention.q", "EncDecAttention.q"], pooling="auto")
+    assert without == layout("t5", "block", ["SelfAttention.q", "EncDecAttention.q"])
+
+
 @pytest.mark.parametrize(
     ("architecture", "block"),
     [
@@ -108,8 +128,12 @@ def test_every_module_is_in_one_site_led_by_who_runs_first(architecture: str, gr
     tiny.logits(host, tiny.batch(architecture))
     members = [path for site in mixture.sites for path in site.plan.members]
     assert sorted(members) == sorted(mixture.layers)
+    assert any(site.plan.ahead for site in mixture.sites) == (
+        architecture in ("t5", "bart", "whisper") and granularity != "matrix"
+    )
     for site in mixture.sites:
-        assert min(site.plan.members, key=ran.index) == site.plan.members[0]
+        if not site.plan.ahead:
+            assert min(site.plan.members, key=ran.index) == site.plan.members[0]
 
 
 def test_only_some_targets() -> None:

@@ -111,8 +111,11 @@ def test_paper() -> None:
 
 
 def test_prompt_needs_a_prompt() -> None:
-    with pytest.raises(lw.LoraweaveError, match=r"decoder.block.0: pooling='prompt' is for decoder-only models"):
-        tiny.attached("t5", lw.MoLE(pooling="prompt"))
+    host = tiny.model("t5")
+    blind = {"a": tiny.expert(host, ["SelfAttention.q"], 2)}
+    with pytest.raises(lw.LoraweaveError, match=r"decoder.block.0: pooling='prompt' needs to see the prompt"):
+        lw.attach(host, blind, lw.MoLE(pooling="prompt"))
+    tiny.logits(tiny.attached("t5", lw.MoLE(pooling="prompt")).model, tiny.batch("t5"))
     tiny.logits(tiny.attached("bert", lw.MoLE(pooling="prompt")).model, tiny.batch("bert"))
 
 

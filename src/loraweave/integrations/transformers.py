@@ -77,7 +77,13 @@ def _encoder_decoder(model: nn.Module) -> tuple[StreamSpec, ...]:
     return (
         StreamSpec("encoder", encoder, mask),
         StreamSpec("decoder", decoder, causal=True),
-        StreamSpec("cross", decoder, "encoder_attention_mask" if reads_text else None),
+        StreamSpec(
+            "cross",
+            decoder,
+            "encoder_attention_mask" if reads_text else None,
+            states="encoder_hidden_states",
+            within="decoder",
+        ),
     )
 
 

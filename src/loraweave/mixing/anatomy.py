@@ -38,7 +38,9 @@ class Anatomy:
         """Where the module at ``path`` stands."""
         block = next((prefix for prefix in _prefixes(path) if prefix in self.blocks), None)
         layer = None if block is None else f"{block}{_layer(path[len(block) :])}"
-        return Place(path, self.stream_of(path), block, layer, leads=bool(LEADING.search(path)))
+        stream = self.stream_of(path)
+        stack = next((s.within for s in self.streams if s.name == stream), "") or stream
+        return Place(path, stream, block, layer, leads=bool(LEADING.search(path)), stack=stack)
 
 
 def _prefixes(path: str) -> Iterable[str]:

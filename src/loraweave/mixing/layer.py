@@ -70,7 +70,7 @@ class MixingLayer(nn.Module):
         bank: Bank = self._modules["bank"]  # type: ignore[assignment]
         assert site is not None
         a: Tensor | None = None
-        if site.leader is self and not site.driven:
+        if site.leader is self and not site.driven and not site.plan.ahead:
             a = self.shrink(x, bank.A)
             site.decide(x, a, y)
         rows = site.few_rows(bank, x)
@@ -78,7 +78,7 @@ class MixingLayer(nn.Module):
             return numerics.low_rank_rows(x, *rows, y)
         if a is None:
             a = self.shrink(x, bank.A)
-        return numerics.expand(a, site.row_weights(bank.layout, a), bank.Bt, y)
+        return numerics.expand(a, site.row_weights(bank, a), bank.Bt, y)
 
     def shrink(self, x: Tensor, A: Tensor) -> Tensor:
         return numerics.shrink(x, A)

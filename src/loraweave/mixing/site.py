@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ class Place:
         block: path of the block it lies in, ``None`` outside of all blocks.
         layer: path of the part of the block (attention, feed-forward) it lies in.
         leads: whether it is called before its neighbours although it may be registered after them (a query).
+        stack: the stream of the block it stands in; another one than ``stream`` for keys and values of cross-attention.
     """
 
     path: str
@@ -33,23 +35,27 @@ class Place:
     block: str | None
     layer: str | None
     leads: bool = False
+    stack: str = ""
 
 
-def group(places: Iterable[Place], granularity: Granularity) -> dict[str, list[Place]]:
+def group(places: Iterable[Place], granularity: Granularity, ahead: bool = False) -> dict[str, list[Place]]:
     """Which modules share a gate: site name -> its places, the leader first.
 
-    Modules outside of all blocks (embeddings, heads) and modules that read another stream than their block's own
-    (keys and values of cross-attention) stand in sites of their own.
+    Modules outside of all blocks (embeddings, heads) stand in sites of their own, and so do modules that read another
+    stream than their block's own (keys and values of cross-attention), unless ``ahead``: then they lead the site.
     """
     sites: dict[tuple[str, str], list[Place]] = {}
     for place in places:
-        key = {"matrix": place.path, "layer": place.layer, "block": place.block, "network": place.stream}[granularity]
+        stream = place.stack if ahead else place.stream
+        key = {"matrix": place.path, "layer": place.layer, "block": place.block, "network": stream}[granularity]
         if place.block is None or key is None:
             key = place.path
-        sites.setdefault((key, place.stream), []).append(place)
+        sites.setdefault((key, stream), []).append(place)
     named: dict[str, list[Place]] = {}
     for (key, stream), members in sites.items():
-        named[key if key not in named else f"{key}:{stream}"] = sorted(members, key=lambda p: not p.leads)
+        named[key if key not in named else f"{key}:{stream}"] = sorted(
+            members, key=lambda p: (p.stream == p.stack, not p.leads)
+        )
     return named
 
 
@@ -77,10 +83,11 @@ class Site:
         self.observers: list[Callable[[Site], None]] = []
         self._row_weights: dict[tuple[Layout, torch.device], Tensor] = {}
         self._tokens = 1
+        self._read: tuple[weakref.ref[Tensor], int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy starts afresh; the last pass's weights may hang on a graph, which cannot be copied."""
-        return self.__dict__ | {"current": None, "observers": [], "_row_weights": {}}
+        return self.__dict__ | {"current": None, "observers": [], "_row_weights": {}, "_read": None}
 
     def bind(self) -> None:
         """Take over the layers: from here on they ask this site for their weights."""
@@ -88,10 +95,14 @@ class Site:
             layer.site = self
         if self.gate is not None:
             self.leader.add_module("gate", self.gate.train(self.leader.training))
+            if self.plan.ahead:
+                self.stream.listeners.append(self.decide_ahead)
 
     def release(self) -> None:
         """Let go of the layers."""
         self.leader._modules.pop("gate", None)
+        if self.decide_ahead in self.stream.listeners:
+            self.stream.listeners.remove(self.decide_ahead)
         for layer in self.layers:
             layer.site = None
             layer.fix(None)
@@ -106,6 +117,31 @@ class Site:
         self._tokens = hidden.shape[1]
         self.set(self.gate(Evidence(hidden, a, self.stream)))
 
+    def decide_ahead(self) -> None:
+        """Let the gate read the encoder's tokens, before the decoder runs.
+
+        A decoder that generates is called with the same states again and again; the weights then stay.
+        """
+        states = self.stream.states
+        assert self.gate is not None
+        if states is None:
+            raise LoraweaveError(
+                f"gate site {self.name}: its gate reads the encoder's states, but the decoder was called without any; "
+                "use pooling='token' to decide from the decoder's own tokens"
+            )
+        if self._read is not None and self._read[0]() is states and self._read[1] == self._version():
+            return
+        states = states.to(self.leader.bank.A.device)
+        self._tokens = states.shape[1]
+        self.set(self.gate(Evidence(states, self.leader.shrink(states, self.leader.bank.A), self.stream)))
+        lasting = not (torch.is_grad_enabled() or self.observers or torch.compiler.is_compiling())
+        self._read = (weakref.ref(self.stream.states), self._version()) if lasting else None
+
+    def _version(self) -> int:
+        """Changes whenever the gate's parameters do."""
+        assert self.gate is not None
+        return sum(p._version for p in self.gate.parameters())
+
     def _rows_and_tokens(self, vectors: int) -> tuple[int, int]:
         """What a 2-D input is: all rows' tokens in one list, or a vector per row (a pooled state)."""
         mask = self.stream.mask
@@ -117,6 +153,10 @@ class Site:
         """Use these weights from here on in this pass, and tell the observers."""
         self.current = weights
         self._row_weights.clear()
+        if weights.index is None or torch.is_grad_enabled():
+            # Now, rather than in the first module that asks: a checkpointed block must do the same when run again.
+            for layer in self.layers:
+                self._spread_over(layer.bank)
         for observe in self.observers:
             observe(self)
 
@@ -128,20 +168,26 @@ class Site:
         self.driven, self._driving = weights is not None, weights
         self._row_weights.clear()
 
-    def row_weights(self, layout: Layout, a: Tensor) -> Tensor:
-        """Weights of the rank rows, shaped to multiply ``a`` ``[..., R]``."""
-        w = self._row_weights.get((layout, a.device))  # a site may span devices
-        if w is None:
-            dense = self._weights().dense
-            dense = dense.to(a.device, torch.promote_types(dense.dtype, a.dtype))
-            w = self._row_weights[layout, a.device] = (dense @ layout.spread(dense)).to(a.dtype)
+    def row_weights(self, bank: Bank, a: Tensor) -> Tensor:
+        """Weights of the bank's rank rows, shaped to multiply ``a`` ``[..., R]``."""
+        w = self._spread_over(bank)
         if a.ndim == 3:
             return w
         if a.ndim == 2:
             if w.shape[0] * w.shape[1] not in (1, a.shape[0]):
-                w = w.expand(-1, self._tokens, -1)
+                w = w.expand(-1, a.shape[0] // w.shape[0], -1)
             return w.reshape(-1, w.shape[-1])
         raise LoraweaveError(f"{self.name}: cannot mix in a module whose input has {a.ndim} axes, expected 2 or 3")
+
+    def _spread_over(self, bank: Bank) -> Tensor:
+        """Weights of the bank's rank rows, ``[rows or 1, tokens or 1, R]``."""
+        key = bank.layout, bank.A.device  # a site may span devices
+        w = self._row_weights.get(key)
+        if w is None:
+            dense = self._weights().dense
+            dense = dense.to(bank.A.device, torch.promote_types(dense.dtype, bank.A.dtype))
+            w = self._row_weights[key] = dense @ bank.layout.spread(dense)
+        return w
 
     def few_rows(self, bank: Bank, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """``A, w, Bt`` of only the experts each batch row uses, where fetching them is cheaper than computing all."""
@@ -169,5 +215,6 @@ class Site:
         return self.current
 
     def clear(self) -> None:
-        self.current = None
+        """Forget the last pass."""
+        self.current = self._read = None
         self._row_weights.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -25,6 +26,9 @@ class StreamSpec:
         causal: whether a token may only see what came before it.
         prompted: whether the tokens begin with a prompt and go on with an answer (decoder-only models).
         body: path of a module behind the door that users also call by itself (a model without its head), if any.
+        states: name of the door's argument that holds the tokens' states ``[rows, tokens, width]``, where they are
+            ready before the door opens (the encoder's output, in a decoder).
+        within: name of the stream in whose blocks the modules stand that read this one; empty for its own.
     """
 
     name: str
@@ -33,10 +37,16 @@ class StreamSpec:
     causal: bool = False
     prompted: bool = False
     body: str = ""
+    states: str = ""
+    within: str = ""
 
 
 class Stream:
-    """State of one stream during one forward pass."""
+    """State of one stream during one forward pass.
+
+    Attributes:
+        listeners: called at the beginning of each pass.
+    """
 
     def __init__(self, spec: StreamSpec) -> None:
         self.spec = spec
@@ -44,6 +54,8 @@ class Stream:
         self.labels: Tensor | None = None
         self.cache: object | None = None
         self.stated_prompt: Tensor | None = None
+        self.states: Tensor | None = None
+        self.listeners: list[Callable[[], None]] = []
         self.expected = False
         self._cached: int | Tensor = 0
         self._frozen: WeakKeyDictionary[object, dict[int, Any]] = WeakKeyDictionary()
@@ -51,28 +63,31 @@ class Stream:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy starts afresh: what one model has seen is not the other's."""
-        return {"spec": self.spec, "stated_prompt": self.stated_prompt}
+        return {"spec": self.spec, "stated_prompt": self.stated_prompt, "listeners": self.listeners}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         Stream.__init__(self, state["spec"])
         self.stated_prompt = state["stated_prompt"]
+        self.listeners = state["listeners"]
 
-    def enter(self, mask: Tensor | None, cache: object | None) -> None:
+    def enter(self, mask: Tensor | None, cache: object | None, states: Tensor | None = None) -> None:
         """A pass begins. The cache's length is read now: the first block's attention makes it longer."""
-        self.mask, self.cache = mask, cache
+        self.mask, self.cache, self.states = mask, cache, states
         length = getattr(cache, "get_seq_length", None) if self.spec.causal else None
         cached = 0 if length is None else length()
         # A static cache counts in place.
         self._cached = cached.clone() if isinstance(cached, Tensor) else cached
         self._homeless = {}
+        for listener in self.listeners:
+            listener()
 
     def leave(self, cache: object | None) -> None:
         """A pass ends; ``cache`` is the one that the model made itself, if it was given none."""
         if self._homeless and cache is not None:
             self._frozen[cache] = self._homeless
         self._homeless = {}
-        # Kept any longer it would hold the keys and values in memory.
-        self.cache = None
+        # Kept any longer they would hold keys, values and a whole graph in memory.
+        self.cache = self.states = None
 
     @property
     def cached_tokens(self) -> int:
@@ -143,7 +158,8 @@ class Door:
     def enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for stream in self.streams:
             mask = self.arguments.get(stream.spec.mask, args, kwargs)
-            stream.enter(mask, self.arguments.get("past_key_values", args, kwargs))
+            states = self.arguments.get(stream.spec.states or None, args, kwargs)
+            stream.enter(mask, self.arguments.get("past_key_values", args, kwargs), states)
             stream.expected = bool(stream.spec.body)
 
     def enter_body(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

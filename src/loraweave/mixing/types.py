@@ -57,6 +57,8 @@ class SitePlan:
         members: module paths; the first is the leader, which runs first and whose input the gate reads.
         block: path of the block it lies in, if any.
         bank: the leader's experts.
+        ahead: whether the members stand in a decoder and the leader reads the encoder's tokens, so that the gate decides
+            before the decoder runs.
         causal: whether a token may only see what came before it.
         prompted: whether the tokens begin with a prompt and go on with an answer.
         features: width of the leader's input and output.
@@ -74,6 +76,7 @@ class SitePlan:
     features: tuple[int, int]
     experts: tuple[str, ...]
     width: int | None = None
+    ahead: bool = False
 
 
 class Gate(Protocol):

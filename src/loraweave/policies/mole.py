@@ -30,7 +30,9 @@ class MoLE:
             module's input, as the authors' released image code does.
         pooling: ``mean`` over the sequence, ``token`` (one decision per token), ``prompt`` (mean over the prompt, then
             frozen), ``flatten`` (the paper's; the sequence has a fixed largest length), or ``auto``: ``mean`` where
-            tokens see both ways, ``token`` where they only look back.
+            tokens see both ways, ``token`` where they only look back. With ``auto`` and ``prompt``, a decoder behind an
+            encoder decides once a row, from the encoder's tokens: they are its prompt, and its own first token says
+            nothing of the task. That needs an expert in the cross-attention's keys or values; else it is ``token``.
         normalization: of the concatenated evidence (Eq. 9 leaves it open).
         gate: ``full`` has the paper's ``[N d, N]`` parameters; ``compact`` expresses the same functions in the
             experts' rank space, ``[R, N]``.
@@ -96,6 +98,11 @@ class MoLE:
     @property
     def normalized(self) -> bool:
         return self.activation != "sigmoid"
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether gates of a decoder behind an encoder read the encoder's tokens, where a site's modules do."""
+        return self.mix == "deltas" and self.pooling in ("auto", "prompt")
 
     def constant(self, site: SitePlan) -> None:
         """No site is constant."""

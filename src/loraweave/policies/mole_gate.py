@@ -171,8 +171,8 @@ def resolve_pooling(policy: MoLE, site: SitePlan) -> Pooling:
         if not site.causal:
             return "mean"
         raise LoraweaveError(
-            f"gate site {site.name}: pooling='prompt' is for decoder-only models; this decoder's prompt is in the "
-            "encoder: use pooling='auto' (mean in the encoder, token in the decoder)"
+            f"gate site {site.name}: pooling='prompt' needs to see the prompt; this decoder's is in the encoder, and no "
+            "expert extends a module here that reads it (keys or values of cross-attention): use pooling='auto'"
         )
     return policy.pooling
 
