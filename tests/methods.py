@@ -16,20 +16,22 @@ CONSTANT: dict[str, Any] = {
 GATED: dict[str, Any] = {
     "mole": lw.MoLE(),
     "mole-paper": lw.MoLE.paper(),
-    "mole-matrix": lw.MoLE(granularity="matrix", normalization="rms"),
-    "mole-layer": lw.MoLE(granularity="layer", normalization="layer"),
-    "mole-network": lw.MoLE(granularity="network", normalization="layer", gate_form="full"),
+    "mole-matrix": lw.MoLE(granularity="matrix", evidence="outputs", normalization="rms"),
+    "mole-layer": lw.MoLE(granularity="layer", evidence="outputs", normalization="layer"),
+    "mole-network": lw.MoLE(granularity="network", evidence="outputs", normalization="layer", gate_form="full"),
     "mole-hidden": lw.MoLE(evidence="hidden", normalization="layer"),
-    "mole-token": lw.MoLE(pooling="token", granularity="matrix", gate_form="full"),
-    "mole-mean": lw.MoLE(pooling="mean"),
-    "mole-flatten": lw.MoLE(pooling="flatten", max_length=12, normalization="layer", gate_form="full"),
-    "mole-top1": lw.MoLE(activation="top1"),
+    "mole-token": lw.MoLE(pooling="token", granularity="matrix", evidence="outputs", gate_form="full"),
+    "mole-mean": lw.MoLE(pooling="mean", evidence="outputs", normalization="l2", scale="experts"),
+    "mole-flatten": lw.MoLE(
+        pooling="flatten", max_length=12, evidence="outputs", normalization="layer", gate_form="full"
+    ),
+    "mole-top1": lw.MoLE(activation="top1", evidence="outputs"),
     "mole-top1-mean": lw.MoLE(activation="top1", pooling="mean"),
-    "mole-topk": lw.MoLE(activation="topk", k=2, scale=1.0),
+    "mole-topk": lw.MoLE(activation="topk", k=2, evidence="outputs", normalization="l2"),
     "mole-topk-mean": lw.MoLE(activation="topk", k=2, pooling="mean", scale=1.5),
-    "mole-sigmoid": lw.MoLE(activation="sigmoid"),
-    "mole-scale": lw.MoLE(scale=1.7, learn_scale=True, temperature=0.5),
-    "mole-outputs": lw.MoLE(mix="outputs", gate_form="full"),
+    "mole-sigmoid": lw.MoLE(activation="sigmoid", evidence="outputs", normalization="l2"),
+    "mole-scale": lw.MoLE(scale=1.7, learn_scale=True, temperature=0.5, evidence="outputs"),
+    "mole-outputs": lw.MoLE(mix="outputs", evidence="outputs", gate_form="full"),
 }
 METHODS = CONSTANT | GATED
 # Decoder-only models alone have a prompt of their own.

@@ -111,7 +111,7 @@ def test_policies_can_be_swapped() -> None:
     assert {n for n, _ in mixture.gate_parameters()} >= {f"{path}/e" for path in mixture.layers}
     tiny.randomize(mixture)
     assert not torch.equal(tiny.logits(host, inputs), summed)
-    mixture.policy = lw.MoLE(mix="outputs", gate_form="full")
+    mixture.policy = lw.MoLE(mix="outputs", evidence="outputs", gate_form="full")
     tiny.logits(host, inputs)
     mixture.policy = lw.MoLE()
     fresh = tiny.logits(host, inputs)

@@ -33,7 +33,7 @@ def mixture(place: Path) -> Mixture:
     from transformers import LlamaForCausalLM
 
     host = LlamaForCausalLM.from_pretrained(place / "base").eval()
-    return tiny.randomize(lw.attach(host, {n: place / "experts" / n for n in tiny.NAMES}, lw.MoLE("layer")))
+    return tiny.randomize(lw.attach(host, {n: place / "experts" / n for n in tiny.NAMES}, lw.MoLE("layer", "outputs")))
 
 
 def test_what_is_written(mixture: Mixture, place: Path, tmp_path: Path) -> None:

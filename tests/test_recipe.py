@@ -82,7 +82,8 @@ def test_tasks_belong_to_the_expert_of_their_name_or_to_whom_they_say(tmp_path: 
 def test_compare_lists_names_or_labels_methods(tmp_path: Path) -> None:
     plain = load_recipe(written(tmp_path, compare=["sum", {"name": "mole", "scale": 1}]))
     assert [c.method.name for c in plain.compare.values()] == ["sum", "mole"]
-    paper = {"name": "mole", "scale": 1, "gate_form": "full", "train": {"learning_rate": 1e-5}}
+    form = {"evidence": "outputs", "normalization": "l2", "gate_form": "full", "balance": 0.5}
+    paper = {"name": "mole", **form, "train": {"learning_rate": 1e-5}}
     recipe = load_recipe(written(tmp_path, compare={"sum": None, "paper": paper}, train={"steps": 7, "seeds": [1, 2]}))
     assert recipe.compare["paper"].method.policy() == MoLE.paper()
     training = recipe.training("paper", recipe.compare["paper"])

@@ -12,7 +12,7 @@ from settings import BASE_NAME, HELD_OUT
 from loraweave.zoo import tasks
 
 _SOURCES = {
-    "base": "SNLI, part of its development set | CC BY-SA 4.0 (copy: MIT) | Bowman et al. 2015; Camburu et al. 2018",
+    "base": "SNLI, part of its development set, with e-SNLI's explanations | CC BY-SA 4.0 (copy: MIT) | Bowman et al. 2015; Camburu et al. 2018",
     "e2e": "E2E NLG Challenge | CC BY-SA 4.0 | Novikova et al. 2017, tuetschek/e2e-dataset",
     "hans": "HANS templates, drawn afresh | MIT | McCoy et al. 2019, tommccoy1/hans",
     "commongen": "CommonGen | MIT | Lin et al. 2020, USC INK Lab, INK-USC/CommonGen",
@@ -90,9 +90,10 @@ CPU thread); where rank pattern is given, see `card.json`. Saved in fp16 as ordi
 ## Base
 
 {base["parameters"] / 1e6:.2f} M parameters: {base["shape"]}. Trained for {base["seconds"] / 60:.0f} minutes
-({base["steps"]} steps) on 2 CPU cores (`scripts/zoo/train_base.py`) on {base["tasks"]} generated tasks (nine
-rows in ten), copying of random tokens and made-up records, and SNLI. It never saw the tasks of the LoRAs, nor these,
-which nothing here is trained on:
+({base["steps"]} steps) on 2 CPU cores (`scripts/zoo/train_base.py`) on {base["tasks"]} generated tasks (four
+rows in five), copying of random tokens and made-up records, SNLI, and sentences to write from their longer words
+(SNLI's, and Alice's Adventures in Wonderland). It never saw the tasks of the LoRAs, nor these, which nothing here is
+trained on:
 {", ".join(f"`{name}`" for name in HELD_OUT)}.
 RNNLG's laptop domain is kept out of everything in the same way.
 

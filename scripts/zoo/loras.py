@@ -63,8 +63,6 @@ LORAS = (
     Lora("to_sul", "translate/to_sul", 8, 16, ALL, 600),
     Lora("reverse", "arrange/reverse", 6, 12, ATTENTION, 500),
     Lora("not_animals", "count/not_animals", 8, 16, ALL, 600),
-    Lora("owner", "lookup/owner", 8, 16, ALL, 500),
-    Lora("to_mip", "translate/to_mip", 12, 16, ALL, 600, rslora=True),
     Lora("warning", "record/warning", 6, 12, ATTENTION, 200),
     Lora("colour_and_thing", "extract/colour_and_thing", 16, 16, QV, 200, rslora=True),
     Lora("wish", "record/wish", 8, 16, ("q", "k", "v", "o", "wi_0"), 200),

@@ -120,8 +120,8 @@ def teach_copying(model: T5ForConditionalGeneration, settings: Settings) -> None
     T5 has no absolute positions, so the decoder walks along its input by content: "find the word that follows the one I
     have just written". Two encoder heads tell every position its left and its right neighbour (the biases of their
     relative positions point there), each in a subspace of its own; cross attention of the first decoder block matches
-    the decoder's own word against these and passes on what it finds. Training is free to change all of it. In the spirit of
-    mimetic initialisation (Trockman & Kolter, ICML 2023).
+    the decoder's own word against these and passes on what it finds. Training is free to change all of it. In the
+    spirit of mimetic initialisation (Trockman & Kolter, ICML 2023).
     """
     d, width = settings.d_kv, settings.d_model
     basis = torch.linalg.qr(torch.randn(width, width))[0].T.contiguous()

@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LISTED = 20
+
 
 class LoraweaveError(ValueError):
     """Something the user gave cannot be used; the message says what to change."""
@@ -19,7 +21,7 @@ class LoraweaveWarning(UserWarning):
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> LoraweaveError:
-    """The error for a name that nobody knows: it suggests the nearest and lists the known ones.
+    """The error for a name that nobody knows: it suggests the nearest and lists the (first) known ones.
 
     Args:
         kind: what was asked for, e.g. ``"expert"`` or ``"method"``.
@@ -29,5 +31,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> LoraweaveError:
     names = list(known)
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    listed = ", ".join(names) if names else "none"
+    listed = ", ".join(names[:_LISTED]) if names else "none"
+    if len(names) > _LISTED:
+        listed += f" ... and {len(names) - _LISTED} more"
     return LoraweaveError(f"unknown {kind} {name!r}{hint} (known: {listed})")

@@ -35,6 +35,7 @@ def save(
     *,
     copy_experts: bool = False,
     results: Mapping[str, Any] | None = None,
+    recipe: Mapping[str, Any] | None = None,
     into: bool = False,
 ) -> Path:
     """Write a mixture to ``folder``, whole or not at all.
@@ -44,6 +45,7 @@ def save(
         folder: replaced if it holds a saved mixture and nothing else.
         copy_experts: also write the experts, so that the folder needs nothing else but the base model.
         results: a comparison's ``results.json``; its table goes on the card.
+        recipe: what the mixture was made from; kept in ``mixture.json`` for people to read.
         into: write into an existing folder beside other files (a trainer's checkpoint).
 
     Raises:
@@ -61,7 +63,7 @@ def save(
         if gates:
             with atomic_path(out / GATES) as path:
                 save_file(gates, path, metadata={"format": "pt"})
-        described = describe(mixture) | {"experts": sources}
+        described = describe(mixture) | {"experts": sources, "recipe": recipe}
         write_text_atomic(out / CARD, card(mixture, results))
         write_json_atomic(out / MIXTURE, described)
     return target

@@ -60,7 +60,7 @@ def test_detach_restores_everything(architecture: str) -> None:
 def test_detach_after_much_use() -> None:
     host, inputs = tiny.model("t5"), tiny.batch("t5")
     before, bare = Snapshot(host), tiny.logits(host, inputs)
-    mixture = lw.attach(host, tiny.experts(host, "t5"), lw.MoLE(mix="outputs", gate_form="full"))
+    mixture = lw.attach(host, tiny.experts(host, "t5"), lw.MoLE(mix="outputs", evidence="outputs", gate_form="full"))
     mixture.policy = lw.MoLE()
     host(**inputs).logits.sum().backward()
     with mixture.only("ant"), mixture.record():

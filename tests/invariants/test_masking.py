@@ -125,7 +125,7 @@ def test_policy_set_under_a_mask_is_masked(mixed: Any) -> None:
     mixture, inputs = mixed("llama", lw.Sum()), tiny.batch("llama")
     with mixture.only("ant"):
         expected = tiny.logits(mixture.model, inputs)
-        for policy in (lw.Linear(), lw.MoLE(), lw.MoLE(mix="outputs", gate_form="full")):
+        for policy in (lw.Linear(), lw.MoLE(), lw.MoLE(mix="outputs", evidence="outputs", gate_form="full")):
             mixture.policy = policy
             assert_close(tiny.logits(mixture.model, inputs), expected, atol=1e-9, rtol=1e-9)
         with pytest.raises(lw.LoraweaveError, match="have weight 0"):

@@ -122,5 +122,5 @@ def test_untrained_gates_are_linear_at_scale_one_and_the_sum_at_scale_n(architec
     for gate_form in ("full", "compact"):
         mixture.policy = lw.MoLE(granularity, gate_form=gate_form, scale=1.0)
         assert_close(tiny.logits(mixture.model, inputs), linear, atol=1e-6, rtol=1e-6)
-        mixture.policy = lw.MoLE(granularity, gate_form=gate_form)
+        mixture.policy = lw.MoLE(granularity, gate_form=gate_form, scale="experts")
         assert_close(tiny.logits(mixture.model, inputs), summed, atol=1e-6, rtol=1e-6)

@@ -53,7 +53,7 @@ def decide(gate: Any, mask: Tensor | None, changes: Tensor) -> Tensor:
 @pytest.mark.parametrize("architecture", ["t5", "llama"])
 def test_blocks_run_once_per_expert(architecture: str) -> None:
     inputs = tiny.batch(architecture)
-    policy = lw.MoLE(mix="outputs", gate_form="full")
+    policy = lw.MoLE(mix="outputs", evidence="outputs", normalization="l2", gate_form="full", scale="experts")
     mixture = tiny.randomize(tiny.attached(architecture, policy, torch.float64))
     assert [s.name for s in mixture.sites if s.gate is not None] == [
         s.name for s in mixture.sites if not s.name.endswith(":cross")
@@ -88,7 +88,7 @@ def test_blocks_run_once_per_expert(architecture: str) -> None:
 def test_one_expert_at_unit_scale_is_the_same_in_both_modes() -> None:
     host, inputs = tiny.model("llama", torch.float64), tiny.batch("llama")
     one = {"only": tiny.expert(host, tiny.ARCHITECTURES["llama"].targets, 3)}
-    mixture = lw.attach(host, one, lw.MoLE(mix="outputs", gate_form="full", scale=1.0))
+    mixture = lw.attach(host, one, lw.MoLE(mix="outputs", evidence="outputs", gate_form="full", scale=1.0))
     outputs = tiny.logits(host, inputs)
     mixture.policy = lw.Sum()
     assert_close(outputs, tiny.logits(host, inputs), atol=1e-9, rtol=1e-9)
@@ -98,7 +98,9 @@ def test_modules_outside_of_blocks_are_gated_by_themselves() -> None:
     host, inputs = tiny.model("llama", torch.float64), tiny.batch("llama")
     targets = [("embed_tokens", "q_proj"), ("lm_head", "down_proj", "q_proj"), ("lm_head",)]
     experts = {f"e{i}": tiny.expert(host, names, 2, seed=i) for i, names in enumerate(targets)}
-    mixture = tiny.randomize(lw.attach(host, experts, lw.MoLE(mix="outputs", gate_form="full", scale=1.0)))
+    mixture = tiny.randomize(
+        lw.attach(host, experts, lw.MoLE(mix="outputs", evidence="outputs", gate_form="full", scale=1.0))
+    )
     assert set(mixture.gates) == {"model.layers.0", "model.layers.1", "model.embed_tokens", "lm_head"}
     tiny.logits(host, inputs)
     alone = []
@@ -119,7 +121,7 @@ def test_a_block_whose_first_expert_module_is_not_its_door(target: str) -> None:
     mixture = lw.attach(host, experts, lw.Sum())
     summed = tiny.logits(host, inputs)
     assert (summed - tiny.logits(tiny.model("llama", num_attention_heads=2, head_dim=8), inputs)).abs().max() > 1e-2
-    mixture.policy = lw.MoLE(mix="outputs", gate_form="full")
+    mixture.policy = lw.MoLE(mix="outputs", evidence="outputs", gate_form="full")
     once = tiny.logits(host, inputs)
     tiny.randomize(mixture)
     assert (tiny.logits(host, inputs) - once).abs().max() > 1e-3
@@ -128,4 +130,4 @@ def test_a_block_whose_first_expert_module_is_not_its_door(target: str) -> None:
 def test_options_that_do_not_go_together() -> None:
     for options in ({"granularity": "matrix"}, {"gate_form": "compact"}, {"evidence": "hidden"}):
         with pytest.raises(lw.LoraweaveError, match=r"mix='outputs'.* needs"):
-            lw.MoLE(**({"mix": "outputs", "gate_form": "full"} | options))
+            lw.MoLE(**({"mix": "outputs", "evidence": "outputs", "gate_form": "full"} | options))

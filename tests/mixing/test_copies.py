@@ -17,7 +17,7 @@ POLICIES = {
     "sum": lw.Sum(),
     "mean": lw.MoLE(pooling="mean"),
     "topk": lw.MoLE(activation="topk", pooling="mean", scale=1.0),
-    "outputs": lw.MoLE(mix="outputs", gate_form="full"),
+    "outputs": lw.MoLE(mix="outputs", evidence="outputs", gate_form="full"),
 }
 
 

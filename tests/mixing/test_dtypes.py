@@ -20,7 +20,7 @@ POLICIES = {
     "mean": lw.MoLE(pooling="mean", activation="topk", k=2, scale=1.0),
     "layer norm": lw.MoLE(normalization="layer", gate_form="full", pooling="mean"),
     "hidden": lw.MoLE(evidence="hidden", normalization="rms"),
-    "outputs": lw.MoLE(mix="outputs", gate_form="full"),
+    "outputs": lw.MoLE(mix="outputs", evidence="outputs", gate_form="full"),
 }
 HALVES = (torch.bfloat16, torch.float16)
 

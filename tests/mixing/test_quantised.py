@@ -73,7 +73,7 @@ def test_torch_dynamic_quantisation() -> None:
     slow = tiny.slow_mixture(tiny.model("llama"), experts, lambda _: torch.ones(1, 1, 3))
     expected = tiny.logits(slow, inputs)
     assert (out - expected).norm() < 0.1 * expected.norm(), "what quantisation itself costs, and no more"
-    mixture.policy = lw.MoLE()
+    mixture.policy = lw.MoLE(scale="experts")
     assert_close(tiny.logits(host, inputs), out, atol=1e-3, rtol=1e-3)
     mixture.policy = lw.Sum()
     with pytest.raises(lw.LoraweaveError, match="not a plain float matrix"):

@@ -144,7 +144,10 @@ def test_a_layer_answers_for_its_base() -> None:
         up.nothing_here  # noqa: B018
 
 
-@pytest.mark.parametrize("policy", [lw.MoLE(), lw.MoLE(granularity="network"), lw.MoLE(granularity="layer")])
+GATES: Any = [("block", "outputs"), ("block", "hidden"), ("network", "outputs"), ("layer", "outputs")]
+
+
+@pytest.mark.parametrize("policy", [lw.MoLE(g, scale="experts", evidence=e) for g, e in GATES])
 def test_gates_on_a_plain_module(policy: Any) -> None:
     """Without blocks each module is a site of its own."""
     experts = toy.experts({"embed": [1, 2], "up": [2, 0], "down": [1, 1]}, [1.0, 0.5])

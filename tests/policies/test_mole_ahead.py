@@ -16,7 +16,7 @@ SEQ2SEQ = ("t5", "bart", "whisper")
 
 
 def mixture_of(architecture: str, **options: Any) -> lw.Mixture:
-    return tiny.randomize(tiny.attached(architecture, lw.MoLE(**{"scale": 1.0, **options})))
+    return tiny.randomize(tiny.attached(architecture, lw.MoLE(**{"normalization": "l2", **options})))
 
 
 def encoder_states(mixture: lw.Mixture, inputs: dict[str, Tensor]) -> Tensor:

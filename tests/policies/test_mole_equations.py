@@ -92,7 +92,7 @@ def test_pooling(pooling: Any, evidence: Any, form: Any) -> None:
 
 def test_pooling_in_an_encoder_decoder() -> None:
     for granularity, pooling in itertools.product(("block", "network"), ("mean", "token", "flatten")):
-        check("t5", lw.MoLE(granularity, pooling=pooling, max_length=8))  # type: ignore[arg-type]
+        check("t5", lw.MoLE(granularity, evidence="outputs", pooling=pooling, max_length=8))  # type: ignore[arg-type]
 
 
 ACTIVATIONS: dict[str, dict[str, Any]] = {
@@ -112,7 +112,7 @@ ACTIVATIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("pooling", ["token", "mean"])
 def test_activation(name: str, pooling: Any) -> None:
     for kept in ((0, 1, 2), (0, 2), (1,)):
-        check("llama", lw.MoLE(pooling=pooling, **ACTIVATIONS[name]), kept)
+        check("llama", lw.MoLE(evidence="outputs", pooling=pooling, **ACTIVATIONS[name]), kept)
 
 
 def test_compact_expresses_what_full_does() -> None:
@@ -120,12 +120,12 @@ def test_compact_expresses_what_full_does() -> None:
     inputs = tiny.batch("llama")
     for normalization, pooling in itertools.product(NORMALIZATIONS, ("token", "flatten")):
         options: dict[str, Any] = {"normalization": normalization, "pooling": pooling, "max_length": 8}
-        mixture.policy = lw.MoLE(gate_form="full", **options)
+        mixture.policy = lw.MoLE(evidence="outputs", gate_form="full", **options)
         tiny.randomize(mixture)
         full = dict(mixture.gates)
         with mixture.record() as seen:
             expected = tiny.logits(mixture.model, inputs)
-        mixture.policy = lw.MoLE(gate_form="compact", **options)
+        mixture.policy = lw.MoLE(evidence="outputs", gate_form="compact", **options)
         with torch.no_grad():
             for name, gate in mixture.gates.items():
                 gate.e.copy_(full[name].reader.to_compact(full[name].e))
@@ -191,7 +191,11 @@ def test_top1_gradient_is_straight_through() -> None:
 def test_a_gradient_by_finite_differences() -> None:
     mixture, _ = host("llama")
     inputs = tiny.batch("llama")
-    for policy in (lw.MoLE(normalization="layer"), lw.MoLE("network", gate_form="full"), lw.MoLE(activation="sigmoid")):
+    for policy in (
+        lw.MoLE(evidence="outputs", normalization="layer"),
+        lw.MoLE("network", "outputs", gate_form="full"),
+        lw.MoLE(activation="sigmoid"),
+    ):
         mixture.policy = policy
         tiny.randomize(mixture, strength=0.5)
 
@@ -220,11 +224,11 @@ def test_parameters_of_each_form() -> None:
     path = "model.layers.0.self_attn.q_proj"
     rows = sum(expert.factors[path].rank for expert in experts.values())
     shapes: dict[tuple[int, ...], Any] = {
-        (rows, 3): lw.MoLE("matrix"),
-        (3, 32, 3): lw.MoLE("matrix", gate_form="full"),
+        (rows, 3): lw.MoLE("matrix", evidence="outputs"),
+        (3, 32, 3): lw.MoLE("matrix", evidence="outputs", gate_form="full"),
         (32, 3): lw.MoLE("matrix", evidence="hidden"),
-        (11, rows, 3): lw.MoLE("matrix", pooling="flatten", max_length=11),
-        (11, 3, 32, 3): lw.MoLE("matrix", pooling="flatten", max_length=11, gate_form="full"),
+        (11, rows, 3): lw.MoLE("matrix", evidence="outputs", pooling="flatten", max_length=11),
+        (11, 3, 32, 3): lw.MoLE("matrix", evidence="outputs", pooling="flatten", max_length=11, gate_form="full"),
     }
     for shape, policy in shapes.items():
         mixture.policy = policy
@@ -241,7 +245,8 @@ def test_starts() -> None:
     mixture, _ = host("llama")
     inputs = tiny.batch("llama")
     starts: dict[Any, list[float]] = {
-        lw.MoLE(): [1.0] * 3,
+        lw.MoLE(): [1 / 3] * 3,
+        lw.MoLE(scale="experts"): [1.0] * 3,
         lw.MoLE.paper(): [1 / 3] * 3,
         lw.MoLE(scale=2.0): [2 / 3] * 3,
         lw.MoLE(activation="sigmoid"): [0.98] * 3,

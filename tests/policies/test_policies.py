@@ -107,7 +107,9 @@ def test_mole_options_are_checked(options: dict[str, Any], message: str) -> None
 
 def test_paper() -> None:
     assert (lw.MoLE.paper().scale, lw.MoLE.paper().gate_form) == (1.0, "full")
-    assert lw.MoLE.paper(granularity="layer", scale=2.0) == lw.MoLE("layer", scale=2.0, gate_form="full")
+    assert lw.MoLE.paper(granularity="layer", scale=2.0) == lw.MoLE(
+        "layer", "outputs", normalization="l2", gate_form="full", scale=2.0, balance=0.5
+    )
 
 
 def test_prompt_needs_a_prompt() -> None:
@@ -151,7 +153,7 @@ def test_mixtures_of_one_expert() -> None:
         {},
         {"activation": "top1"},
         {"activation": "topk"},
-        {"mix": "outputs", "gate_form": "full"},
+        {"mix": "outputs", "evidence": "outputs", "gate_form": "full"},
     ]
     for option in options:
         mixture.policy = lw.MoLE(**option)

@@ -27,7 +27,7 @@ def test_train(architecture: str, tmp_path: Path) -> None:
     file = tmp_path / "train.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in DATA))
     mixture = lessons.mixture(architecture)
-    result = train(mixture, file, steps=20, learning_rate=0.1, batch_size=12, balance=0.0)
+    result = train(mixture, file, steps=20, batch_size=12, balance=0.0)
     losses = [entry["task_loss"] for entry in result.history if "task_loss" in entry]
     assert losses[-1] < 0.95 * losses[0]
     assert (result.steps, result.seconds > 0) == (20, True)

@@ -88,7 +88,7 @@ def test_balance_keeps_experts_in_use(tmp_path: Path) -> None:
         run.train()
         loads.append(run.state.log_history[-2]["load/ant"])
     assert loads[0] > 0.45 > loads[1]
-    assert trainer(mixture, tmp_path, []).balance == 0.5, "by default what the policy says"
+    assert trainer(mixture, tmp_path, []).balance == 0.1, "by default what the policy says"
 
 
 def manual_step(architecture: str, batches: list[Any], alpha: float, weights: list[float]) -> dict[str, torch.Tensor]:

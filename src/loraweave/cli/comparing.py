@@ -52,7 +52,7 @@ def compare(recipe: Recipe, out: str | Path) -> dict[str, Any]:
     with replace_folder_atomic(out, ours=ours) as folder:
         write_json_atomic(folder / RESULTS, results)
         heat_maps(weights, mixture.experts, folder / PICTURE, f"weights of {kept} on each task")
-        persistence.save(mixture, folder / MIXTURE, results=results)
+        persistence.save(mixture, folder / MIXTURE, results=results, recipe=results["recipe"])
     console = Console()
     console.print()
     console.print(results_table(results))
@@ -125,7 +125,8 @@ class Comparison:
             started = time.perf_counter()
             self.mixture.policy = policy  # fresh gates
             rows = building.training_data(self.recipe, seed)
-            train(self.mixture, rows, tokenizer=self.tokenizer, **(options | {"seed": seed}))
+            doing = f"{f'{label}, seed {seed}: gates':<24}"
+            train(self.mixture, rows, tokenizer=self.tokenizer, progress=doing, **(options | {"seed": seed}))
             self._score(label, seed, started)
             first = first or {name: p.detach().clone() for name, p in self.mixture.gate_parameters()}
         return first

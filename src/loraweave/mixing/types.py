@@ -57,8 +57,8 @@ class SitePlan:
         members: module paths; the first is the leader, which runs first and whose input the gate reads.
         block: path of the block it lies in, if any.
         bank: the leader's experts.
-        ahead: whether the members stand in a decoder and the leader reads the encoder's tokens, so that the gate decides
-            before the decoder runs.
+        ahead: whether the members stand in a decoder and the leader reads the encoder's tokens, so that the gate
+            decides before the decoder runs.
         causal: whether a token may only see what came before it.
         prompted: whether the tokens begin with a prompt and go on with an answer.
         features: width of the leader's input and output.
@@ -80,7 +80,10 @@ class SitePlan:
 
 
 class Gate(Protocol):
-    """Learned weights at one site: an ``nn.Module`` that also answers these."""
+    """Learned weights at one site: an ``nn.Module`` that also answers these.
+
+    It may have a ``suggested_learning_rate``, which ``train`` uses where it is given none.
+    """
 
     normalized: bool
 

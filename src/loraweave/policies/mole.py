@@ -22,7 +22,8 @@ class MoLE:
     """Gates that read what the experts say, or what they hear, and weigh them (MoLE Eq. 9-16).
 
     At initialisation every expert has the weight ``scale / N``: ``scale=1`` starts from normalised linear arithmetic,
-    as the paper does; ``scale="experts"`` (``N``) starts from the plain sum.
+    as the paper does; ``scale="experts"`` (``N``) starts from the plain sum. The defaults are what kept most skills in
+    the fewest steps (docs/mole.md); :meth:`paper` is the published form.
 
     Args:
         granularity: which modules share a gate.
@@ -50,19 +51,19 @@ class MoLE:
     """
 
     granularity: Granularity = "block"
-    evidence: Literal["outputs", "hidden"] = "outputs"
+    evidence: Literal["outputs", "hidden"] = "hidden"
     pooling: Literal["auto", "mean", "prompt", "token", "flatten"] = "auto"
-    normalization: Normalization = "l2"
+    normalization: Normalization = "rms"
     gate_form: Literal["compact", "full"] = "compact"
     activation: Activation = "softmax"
     k: int = 2
-    scale: float | Literal["experts"] = "experts"
+    scale: float | Literal["experts"] = 1.0
     learn_scale: bool = False
     temperature: float = 1.0
     learn_temperature: bool = True
     mix: Literal["deltas", "outputs"] = "deltas"
     max_length: int | None = None
-    balance: float = 0.5
+    balance: float = 0.1
 
     name: ClassVar[str] = "mole"
     source: ClassVar[str] = "https://arxiv.org/abs/2404.13628"
@@ -92,8 +93,12 @@ class MoLE:
 
     @classmethod
     def paper(cls, **options: Any) -> MoLE:
-        """The form of the paper: unit scale, full gates. Trained with learning rate 1e-5, 800 steps, batch 12."""
-        return cls(**{"scale": 1.0, "gate_form": "full", **options})
+        """The form of the paper: full gates that read the experts' outputs, and more balance.
+
+        Train it with ``**loraweave.training.train.PAPER`` (learning rate 1e-5, 800 steps, batch 12).
+        """
+        published = {"evidence": "outputs", "normalization": "l2", "gate_form": "full", "scale": 1.0, "balance": 0.5}
+        return cls(**{**published, **options})
 
     @property
     def normalized(self) -> bool:

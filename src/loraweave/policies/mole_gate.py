@@ -70,6 +70,17 @@ class MoLEGate(nn.Module):
         self.closed = None if kept is None else ~kept.to(self.e.device)
         self.kept = self.experts if kept is None else int(kept.sum())
 
+    @property
+    def suggested_learning_rate(self) -> float:
+        """With which Adam's first steps move a logit by about 1.6, however wide the evidence is.
+
+        Adam moves each of the ``C`` coordinates of ``e`` by its learning rate, so a logit by that times the sum of
+        the evidence's absolute values, about ``0.8 |v| sqrt(C)``.
+        """
+        coordinates = self.e[..., 0].numel()
+        length = 1.0 if self.policy.normalization == "l2" else math.sqrt(self.reader.size)
+        return 2.0 / (length * math.sqrt(coordinates))
+
     def forward(self, evidence: Evidence) -> Weights:
         device = evidence.hidden.device.type
         if torch.is_autocast_enabled(device):
@@ -171,8 +182,8 @@ def resolve_pooling(policy: MoLE, site: SitePlan) -> Pooling:
         if not site.causal:
             return "mean"
         raise LoraweaveError(
-            f"gate site {site.name}: pooling='prompt' needs to see the prompt; this decoder's is in the encoder, and no "
-            "expert extends a module here that reads it (keys or values of cross-attention): use pooling='auto'"
+            f"gate site {site.name}: pooling='prompt' needs to see the prompt; this decoder's is in the encoder, and "
+            "no expert extends a module here that reads it (keys or values of cross-attention): use pooling='auto'"
         )
     return policy.pooling
 

@@ -161,7 +161,7 @@ def _text(cell: _Cell) -> Text:
 
 def _breakable(name: str) -> str:
     """A long name with blanks at its joints, where a narrow column may break it."""
-    return name if len(name) <= 12 else name.replace("_", "_ ").replace(":", ": ")
+    return name if len(name) <= 8 else name.replace("_", "_ ").replace(":", ": ")
 
 
 def _escaped(name: str) -> str:

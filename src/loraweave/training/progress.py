@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 class OneLineProgress(TrainerCallback):
     """A single bar with the latest loss and entropy, instead of a printed record per logging step."""
 
-    def __init__(self, description: str = "training gates") -> None:
+    def __init__(self, description: str) -> None:
         self.description = description
         self._bar: Any = None
 

@@ -31,6 +31,8 @@ class TrainingResult:
     history: list[dict[str, float]] = field(repr=False)
 
 
+# For gates that suggest none.
+LEARNING_RATE = 1e-2
 # The settings of the MoLE paper (section 4.2), beside ``MoLE.paper()``.
 PAPER = {"learning_rate": 1e-5, "steps": 800, "batch_size": 12, "balance": 0.5}
 
@@ -40,7 +42,7 @@ def train(
     data: ExampleSource,
     *,
     steps: int = 100,
-    learning_rate: float = 3e-2,
+    learning_rate: float | None = None,
     batch_size: int = 24,
     balance: float | None = None,
     seed: int = 0,
@@ -49,7 +51,7 @@ def train(
     resume: bool = False,
     max_input_length: int | None = None,
     max_target_length: int | None = None,
-    progress: bool = True,
+    progress: bool | str = True,
     **arguments: Any,
 ) -> TrainingResult:
     """Train the gates of ``mixture`` on examples; the experts and the model stay as they are.
@@ -58,7 +60,7 @@ def train(
         mixture: an attached mixture whose policy learns.
         data: a jsonl file, a list of ``{"input", "target"}`` or a ``datasets`` object.
         steps: optimizer steps.
-        learning_rate: at its highest; a short warm-up, then linear to zero.
+        learning_rate: at its highest; a short warm-up, then linear to zero. Default: what suits the gates' width.
         batch_size: examples per step and device.
         balance: weight of the balance loss; default: the policy's.
         seed: of the order of the data and of dropout.
@@ -66,7 +68,7 @@ def train(
         output_dir: where checkpoints go; none are kept by default.
         resume: go on from the last whole checkpoint in ``output_dir``, if there is one.
         max_input_length, max_target_length: in tokens; longer texts are cut.
-        progress: show a progress bar.
+        progress: show a progress bar; a text stands before it.
         **arguments: any other field of ``transformers.TrainingArguments`` (``bf16``, ``save_steps`` ...).
 
     Raises:
@@ -101,7 +103,7 @@ def train(
         defaults: dict[str, Any] = {
             "output_dir": str(output_dir or scratch),
             "max_steps": steps,
-            "learning_rate": learning_rate,
+            "learning_rate": learning_rate or default_learning_rate(mixture),
             "per_device_train_batch_size": batch_size,
             "warmup_steps": max(1, steps // 20),
             "lr_scheduler_type": "linear",
@@ -127,7 +129,7 @@ def train(
         )
         trainer.remove_callback(PrinterCallback)
         if progress:
-            trainer.add_callback(OneLineProgress())
+            trainer.add_callback(OneLineProgress("training gates" if progress is True else progress))
         checkpoint = last_whole_checkpoint(output_dir) if resume and output_dir is not None else None
         started = time.perf_counter()
         try:
@@ -140,6 +142,11 @@ def train(
         loss=float(outcome.training_loss),
         history=list(trainer.state.log_history),
     )
+
+
+def default_learning_rate(mixture: Mixture) -> float:
+    """The smallest that any of the mixture's gates suggests."""
+    return min((getattr(g, "suggested_learning_rate", LEARNING_RATE) for g in mixture.gates.values()), default=1.0)
 
 
 def load_tokenizer(mixture: Mixture) -> Any:
