@@ -44,7 +44,8 @@ def _run(options: argparse.Namespace) -> None:
         print(f"{result.steps} steps on {len(data)} examples in {result.seconds:.0f} s, mean loss {result.loss:.3f}")
     else:
         print(f"{recipe.method.name!r} has nothing to train")
-    place = persistence.save(mixture, options.out, copy_experts=options.copy_experts)
+    # Merged experts are nowhere on disk.
+    place = persistence.save(mixture, options.out, copy_experts=options.copy_experts or bool(recipe.merged))
     print(f"saved to {place}; try: loraweave generate {place} --input TEXT")
 
 
