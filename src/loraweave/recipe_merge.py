@@ -32,8 +32,9 @@ class Merge(BaseModel):
 
     @model_validator(mode="after")
     def _possible(self) -> Merge:
-        from loraweave.transforms import registry
+        from loraweave.transforms import checks, registry
         from loraweave.transforms.expression import read_expression
+        from loraweave.transforms.types import Space
 
         if (self.method is None) == (self.arithmetic is None):
             raise LoraweaveError("expected either 'method' or 'arithmetic'")
@@ -48,6 +49,7 @@ class Merge(BaseModel):
             for option in self._options():
                 if option != "space":
                     raise unknown("option of arithmetic", option, ["space"])
+            checks.choice("arithmetic", "space", self._options().get("space", "delta"), Space)
             named = read_expression(str(self.arithmetic))
         for name in named:
             if name not in self.experts:

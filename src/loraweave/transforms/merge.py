@@ -74,10 +74,10 @@ def arithmetic(expression: str, experts: Experts, *, space: Space = "delta", nam
     checks.choice("arithmetic", "space", space, Space)
     weights = read_expression(expression)
     if isinstance(experts, Mapping):
-        _known(weights, list(experts))
+        _known(weights, list(experts), expression)
         experts = {expert: source for expert, source in experts.items() if expert in weights}
     read = resolve_experts(experts)
-    _known(weights, [expert.name for expert in read])
+    _known(weights, [expert.name for expert in read], expression)
     vector = {expert.name: weights.get(expert.name, 0.0) for expert in read}
     return merge_experts(read, Linear(space=space, negate="one"), vector, name)
 
@@ -136,9 +136,14 @@ def _weights(weights: float | Mapping[str, float], experts: Sequence[str]) -> di
     return {name: float(weights.get(name, 1.0)) for name in experts}
 
 
-def _known(names: Mapping[str, float], experts: Sequence[str]) -> None:
+def _known(names: Mapping[str, float], experts: Sequence[str], expression: str = "") -> None:
     for name in names:
         if name not in experts:
+            for expert in experts:
+                if name in expert and expert in expression:
+                    raise LoraweaveError(
+                        f"unknown expert {name!r}; in expressions {expert!r} stands in quotes or backticks: `{expert}`"
+                    )
             raise unknown("expert", name, experts)
 
 
