@@ -63,6 +63,6 @@ def disjoint_mean(stack: Tensor) -> Tensor:
     the sum is exactly zero nobody is elected and the result is zero.
     """
     elected = stack.sum(0).sign()
-    agree = (stack.sign() == elected) & (elected != 0)
+    agree = stack.sign() == elected
     mean: Tensor = (stack * agree).sum(0) / agree.sum(0).clamp(min=1)
     return mean
