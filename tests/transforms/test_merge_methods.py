@@ -142,6 +142,20 @@ def test_dare_of_deltas(method: str) -> None:
     )
 
 
+def test_random_numbers_differ_between_experts_modules_parts_and_seeds() -> None:
+    places = [
+        (0, "ant", "q", "A"),
+        (1, "ant", "q", "A"),
+        (0, "bee", "q", "A"),
+        (0, "ant", "v", "A"),
+        (0, "ant", "q", "B"),
+    ]
+    masks = [mask(*place, (40,), 0.5) for place in places]
+    for number, one in enumerate(masks):
+        assert torch.equal(one, mask(*places[number], (40,), 0.5))
+        assert not any(torch.equal(one, other) for other in masks[number + 1 :])
+
+
 def test_pruning_of_factors() -> None:
     """As peft does it: A and B apart, with the square root of weight and scale on each."""
     experts = alike()
