@@ -12,7 +12,7 @@ from settings import BASE_NAME, HELD_OUT
 from loraweave.zoo import tasks
 
 _SOURCES = {
-    "base": "SNLI, part of its development set, with e-SNLI's explanations | CC BY-SA 4.0 (copy: MIT) | Bowman et al. 2015; Camburu et al. 2018",
+    "base": "e-SNLI, part of its development set | CC BY-SA 4.0 (copy: MIT) | Bowman et al. 2015; Camburu et al. 2018",
     "e2e": "E2E NLG Challenge | CC BY-SA 4.0 | Novikova et al. 2017, tuetschek/e2e-dataset",
     "hans": "HANS templates, drawn afresh | MIT | McCoy et al. 2019, tommccoy1/hans",
     "commongen": "CommonGen | MIT | Lin et al. 2020, USC INK Lab, INK-USC/CommonGen",

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from loraweave.policies import Linear, MoLE, Sum
     from loraweave.training.train import TrainingResult, train
     from loraweave.training.trainer import GateTrainer
+    from loraweave.transforms.merge import arithmetic, merge
 
 _HOME = {
     "Expert": "experts.types",
@@ -40,9 +41,11 @@ _HOME = {
     "Mixture": "mixture",
     "Sum": "policies",
     "TrainingResult": "training.train",
+    "arithmetic": "transforms.merge",
     "attach": "mixture",
     "inspect": "experts.inspection",
     "load": "persistence",
+    "merge": "transforms.merge",
     "read_expert": "experts.reader",
     "train": "training.train",
     "write_expert": "experts.writer",
@@ -61,9 +64,11 @@ __all__ = [
     "Sum",
     "TrainingResult",
     "__version__",
+    "arithmetic",
     "attach",
     "inspect",
     "load",
+    "merge",
     "read_expert",
     "train",
     "write_expert",

@@ -16,12 +16,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from loraweave import recipe_yaml
 from loraweave.errors import LoraweaveError, unknown
+from loraweave.recipe_merge import Merge
+
+if TYPE_CHECKING:
+    from loraweave.experts.types import Expert
 
 ZOO = "zoo"
 ZOO_PREFIX = "zoo:"
@@ -163,6 +167,7 @@ class Recipe(_Part):
 
     base: str = Field(description="folder or hub id of the base model, or 'zoo'")
     experts: dict[str, str] = Field(description="name -> PEFT folder, hub id or zoo:NAME; or a list; or 'zoo'")
+    merged: dict[str, Merge] = Field(default={}, description="name -> one more expert, made by merging others")
     method: Method = Field(default_factory=Method, description="how to mix")
     compare: dict[str, Contender] = Field(
         default={}, description="label -> method (with 'train' for what it trains differently); or a list of names"
@@ -188,8 +193,6 @@ class Recipe(_Part):
     @field_validator("experts")
     @classmethod
     def _some(cls, experts: dict[str, str]) -> dict[str, str]:
-        if not experts:
-            raise LoraweaveError("expected at least one expert, got none")
         bundled = [s.removeprefix(ZOO_PREFIX) for s in experts.values() if s.startswith(ZOO_PREFIX)]
         if bundled:
             from loraweave import zoo
@@ -218,9 +221,13 @@ class Recipe(_Part):
 
     @model_validator(mode="after")
     def _experts_of_tasks(self) -> Recipe:
+        if not self.names:
+            raise LoraweaveError("experts: expected at least one expert, got none")
+        if len(set(self.names)) < len(self.names):
+            raise LoraweaveError("merged: a merged expert has the name of another expert; give it one of its own")
         for name, task in self.data.tasks.items():
-            if task.expert is not None and task.expert not in self.experts:
-                problem = unknown("expert", task.expert, self.experts)
+            if task.expert is not None and task.expert not in self.names:
+                problem = unknown("expert", task.expert, self.names)
                 raise LoraweaveError(f"data.tasks.{name}.expert: {problem}")
         for label, contender in self.compare.items():
             self.training(label, contender)
@@ -241,10 +248,19 @@ class Recipe(_Part):
         except ValidationError as error:
             raise LoraweaveError("; ".join(_problems(error, f"compare.{label}.train"))) from error
 
+    @property
+    def names(self) -> list[str]:
+        """The experts' names, merged ones last."""
+        return [*self.experts, *self.merged]
+
+    def sources(self) -> dict[str, str | Expert]:
+        """What to pass on to :func:`loraweave.attach`: name -> source, or the merged expert itself."""
+        return {**self.experts, **{name: merge.expert(name) for name, merge in self.merged.items()}}
+
     def own_tasks(self) -> dict[str, str]:
         """Task -> the expert whose task it is; tasks that are nobody's are left out."""
         owners = {name: task.expert or name for name, task in self.data.tasks.items()}
-        return {task: expert for task, expert in owners.items() if expert in self.experts}
+        return {task: expert for task, expert in owners.items() if expert in self.names}
 
     def to_dict(self) -> dict[str, Any]:
         """The method and what else was set, ready for JSON or YAML."""
@@ -322,7 +338,8 @@ def _placed(recipe: Recipe, folder: Path) -> Recipe:
         update={"train": file(recipe.data.train), "test": file(recipe.data.test), "tasks": tasks}
     )
     experts = {name: maybe(source) for name, source in recipe.experts.items()}
-    return recipe.model_copy(update={"base": maybe(recipe.base), "experts": experts, "data": data})
+    merged = {name: merge.placed(maybe) for name, merge in recipe.merged.items()}
+    return recipe.model_copy(update={"base": maybe(recipe.base), "experts": experts, "merged": merged, "data": data})
 
 
 def _problems(error: ValidationError, inside: str = "") -> list[str]:

@@ -9,12 +9,13 @@ import warnings
 from collections.abc import Sequence
 
 from loraweave import __version__
-from loraweave.cli import compare, demo, evaluate, generate, inspect, plot, train, version
+from loraweave.cli import compare, demo, evaluate, generate, inspect, merge, plot, train, version
 from loraweave.cli.verb import Parser, Verb, paragraphs
 from loraweave.errors import LoraweaveError, LoraweaveWarning, unknown
 
 VERBS: dict[str, Verb] = {
-    module.VERB.name: module.VERB for module in (demo, inspect, train, generate, evaluate, compare, plot, version)
+    module.VERB.name: module.VERB
+    for module in (demo, inspect, merge, train, generate, evaluate, compare, plot, version)
 }
 
 _RECIPE = """\
@@ -89,6 +90,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if not arguments[0].startswith("-") and arguments[0] not in VERBS:
         raise unknown("verb", arguments[0], VERBS)
     options, rest = parser().parse_known_args(arguments)
+    if hasattr(options, "loras"):
+        # Where an option is between METHOD and LORA, argparse leaves these over.
+        options.loras = [*options.loras, *(argument for argument in rest if not argument.startswith("-"))]
+        rest = [argument for argument in rest if argument.startswith("-")]
     # argparse gives FIELD=VALUE to the verb if it follows RECIPE at once, and leaves it over if an option is between.
     stray = [argument for argument in rest if argument.startswith("-") or "=" not in argument]
     if stray or (rest and not hasattr(options, "overrides")):

@@ -64,7 +64,7 @@ def build(recipe: Recipe) -> tuple[Mixture, Any]:
     """The recipe's mixture, with fresh gates, and the base's tokenizer."""
     policy = recipe.method.policy()
     model, tokenizer = load_base(recipe.base)
-    return lw.attach(model, recipe.experts, policy), tokenizer
+    return lw.attach(model, recipe.sources(), policy), tokenizer
 
 
 def load_base(name: str) -> tuple[Any, Any]:

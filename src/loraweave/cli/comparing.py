@@ -92,7 +92,7 @@ class Comparison:
         started = time.perf_counter()
         self.model, self.tokenizer = building.load_base(self.recipe.base)
         self._score("base")
-        self.mixture = lw.attach(self.model, self.recipe.experts, Sum())
+        self.mixture = lw.attach(self.model, self.recipe.sources(), Sum())
         for expert in self.mixture.experts:
             with self.mixture.only(expert):
                 self._score(single(expert))

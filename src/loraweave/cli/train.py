@@ -44,7 +44,9 @@ def _run(options: argparse.Namespace) -> None:
         print(f"{result.steps} steps on {len(data)} examples in {result.seconds:.0f} s, mean loss {result.loss:.3f}")
     else:
         print(f"{recipe.method.name!r} has nothing to train")
-    place = persistence.save(mixture, options.out, copy_experts=options.copy_experts, recipe=recipe.to_dict())
+    # Merged experts are nowhere on disk.
+    copied = options.copy_experts or bool(recipe.merged)
+    place = persistence.save(mixture, options.out, copy_experts=copied, recipe=recipe.to_dict())
     print(f"saved to {place}; try: loraweave generate {place} --input TEXT")
 
 

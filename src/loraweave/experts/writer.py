@@ -51,11 +51,7 @@ def write_expert(
         base = expert.base
     folder = Path(folder).expanduser()
     _check_factors(factors, folder)
-    if folder.exists() and not folder.is_dir():
-        raise LoraweaveError(f"{folder}: is a file; expected a folder to write the expert to")
-    in_use = folder.is_dir() and any(folder.iterdir())
-    if in_use and not overwrite:
-        raise LoraweaveError(f"{folder}: is not empty; choose another folder, or pass overwrite=True")
+    in_use = check_folder(folder, overwrite)
 
     partial = folder.parent / f".{folder.name}-{secrets.token_hex(4)}"
     tensors = {}
@@ -83,6 +79,21 @@ def write_expert(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def check_folder(folder: str | Path, overwrite: bool = False) -> bool:
+    """Raise now what :func:`write_expert` would raise later; returns whether the folder holds something.
+
+    Raises:
+        LoraweaveError: it is a file, or in use and not to be overwritten.
+    """
+    folder = Path(folder).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise LoraweaveError(f"{folder}: is a file; expected a folder to write the expert to")
+    in_use = folder.is_dir() and any(folder.iterdir())
+    if in_use and not overwrite:
+        raise LoraweaveError(f"{folder}: is not empty; choose another folder, or pass overwrite=True")
+    return in_use
 
 
 def peft_config(

@@ -1,0 +1,48 @@
+"""TIES: trim every expert, elect a sign for each number, average the experts that have it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from loraweave.transforms import checks
+from loraweave.transforms.elementwise import DENSITY
+from loraweave.transforms.registry import register
+from loraweave.transforms.spaces import merge_in_space
+from loraweave.transforms.types import Space, Term
+
+
+@register
+@dataclass(frozen=True)
+class Ties:
+    """``mean over {i : sgn(w_i t_i) = gamma} of w_i t_i``, ``t_i = trim(d_i)``, ``gamma = sgn(sum_i w_i t_i)``.
+
+    The paper has no weights and one factor on the result; here ``w_i`` is on each expert before the vote, so that a
+    negative weight turns an expert and weight 0 is an expert left out. The paper trims over all matrices of a model at
+    once; here, as in peft, each matrix is trimmed by itself.
+
+    Args:
+        density: share of each matrix that is kept, in (0, 1].
+        space: ``delta``: ``d_i = s_i B_i A_i``, as in the paper. ``factors``: ``A_i`` and ``B_i`` apart, as in peft;
+            see :func:`~loraweave.transforms.spaces.merge_in_space`.
+        rank: of the result in delta space; default: the experts' ranks added up.
+    """
+
+    density: float = DENSITY["ties"]
+    space: Space = "delta"
+    rank: int | None = None
+
+    name: ClassVar[str] = "ties"
+    source: ClassVar[str] = "https://arxiv.org/abs/2306.01708"
+
+    def __post_init__(self) -> None:
+        checks.density(self.name, self.density)
+        checks.choice(self.name, "space", self.space, Space)
+        checks.rank(self.name, self.rank)
+        checks.no_rank_in_factors(self.name, self.space, self.rank)
+
+    def module(self, terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
+        return merge_in_space("ties", self.space, terms, self.density, 0, self.rank)
