@@ -241,4 +241,6 @@ def test_the_published_optimiser() -> None:
     pytest.importorskip("nevergrad")
     result = search(tiny.attached("llama", lw.Sum()), optimizer="ngopt", evaluations=6)
     assert len(result.history) == 6
+    assert result.history[0]["weights"] == [0.0] * 3
+    assert len({tuple(entry["weights"]) for entry in result.history}) == 6
     assert all(abs(w) <= 1.5 for entry in result.history for w in entry["weights"])

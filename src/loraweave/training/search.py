@@ -53,10 +53,10 @@ class SearchResult:
 
 
 class Searcher(Protocol):
-    """An optimiser that is asked for weightings and told how good they are."""
+    """An optimiser that is asked for a weighting, first of all the start, and then told how good that is."""
 
     def ask(self) -> list[float]: ...
-    def tell(self, weights: list[float], objective: float) -> None: ...
+    def tell(self, objective: float) -> None: ...
 
 
 def search(
@@ -135,13 +135,12 @@ def search(
     history: list[dict[str, Any]] = []
     try:
         with evaluating(mixture.model), torch.no_grad(), _bar(evaluations, progress) as bar:
-            for number in range(evaluations):
-                weights = [start] * len(mixture.experts) if number == 0 else searcher.ask()
+            for _ in range(evaluations):
+                weights = searcher.ask()
                 _weigh(mixture, weights, space)
                 loss = mean_loss(mixture.model, batches)
                 objective = loss + l1 * sum(map(abs, weights)) / len(weights)
-                if number > 0:
-                    searcher.tell(weights, objective)
+                searcher.tell(objective)
                 history.append({"weights": weights, "loss": loss, "objective": objective})
                 bar.set_postfix(best=f"{_best(history)['objective']:.3f}", refresh=False)
                 bar.update()
@@ -228,7 +227,7 @@ class _CMAES:
         import numpy as np
         from cmaes import CMA
 
-        self.experts = experts
+        self.experts, self.start = experts, [float(options.start)] * experts
         # The strategy needs two dimensions; of a single expert the second has no effect.
         dimensions = max(experts, 2)
         self.strategy = CMA(
@@ -238,22 +237,27 @@ class _CMAES:
             seed=seed,
         )
         self.asked: Any = None
+        self.begun = False
         self.told: list[tuple[Any, float]] = []
 
     def ask(self) -> list[float]:
+        if not self.begun:
+            return self.start
         self.asked = self.strategy.ask()
         return [float(value) for value in self.asked[: self.experts]]
 
-    def tell(self, weights: list[float], objective: float) -> None:  # noqa: ARG002
-        finite = objective == objective
-        self.told.append((self.asked, objective if finite else float("inf")))
+    def tell(self, objective: float) -> None:
+        if not self.begun:  # the strategy knows its own draws only
+            self.begun = True
+            return
+        self.told.append((self.asked, objective if objective == objective else float("inf")))
         if len(self.told) == self.strategy.population_size:
             self.strategy.tell(self.told)
             self.told = []
 
 
 class _NGOpt:
-    """Nevergrad's own choice of optimiser, as published."""
+    """Nevergrad's own choice of optimiser, as published: COBYLA at 40 evaluations, which starts at the start."""
 
     def __init__(self, options: LoRAHub, experts: int, seed: int) -> None:
         import nevergrad as ng
@@ -268,5 +272,5 @@ class _NGOpt:
         self.asked = self.optimizer.ask()
         return [float(value) for value in self.asked.value]
 
-    def tell(self, weights: list[float], objective: float) -> None:  # noqa: ARG002
-        self.optimizer.tell(self.asked, objective)
+    def tell(self, objective: float) -> None:
+        self.optimizer.tell(self.asked, objective if objective == objective else float("inf"))
