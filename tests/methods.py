@@ -11,6 +11,7 @@ CONSTANT: dict[str, Any] = {
     "sum-weights": lw.Sum(0.5, {"bee": -1.25, "cat": 0.0}),
     "linear": lw.Linear(),
     "linear-weights": lw.Linear({"ant": 3.0, "cat": 1.0}),
+    "lorahub": lw.LoRAHub(start=0.4),
     "linear-blocks": lw.Linear(blocks={"*.0.*": {"ant": 0.5, "bee": 1.0, "cat": 2.0}}),
 }
 GATED: dict[str, Any] = {
@@ -32,9 +33,26 @@ GATED: dict[str, Any] = {
     "mole-sigmoid": lw.MoLE(activation="sigmoid", evidence="outputs", normalization="l2"),
     "mole-scale": lw.MoLE(scale=1.7, learn_scale=True, temperature=0.5, evidence="outputs"),
     "mole-outputs": lw.MoLE(mix="outputs", evidence="outputs", gate_form="full"),
+    "lora_flow": lw.LoRAFlow(),
+    "lora_flow-matrix": lw.LoRAFlow(granularity="matrix"),
 }
-METHODS = CONSTANT | GATED
+# Learned, and the same for every input.
+STATIC: dict[str, Any] = {
+    "cat": lw.CAT(),
+    "cat-block": lw.CAT(granularity="block", start=0.8),
+}
+# They read the input and learn nothing.
+ROUTED: dict[str, Any] = {
+    "arrow": lw.Arrow(),
+    "arrow-k2": lw.Arrow(k=2, temperature=0.5),
+    "logo": lw.LoGo(),
+    "logo-entropy": lw.LoGo(signal="entropy", k=2, pooling="mean"),
+    "logo-block": lw.LoGo(granularity="block"),
+}
+METHODS = CONSTANT | GATED | STATIC | ROUTED
 # Decoder-only models alone have a prompt of their own.
 PROMPT = {"mole-prompt": lw.MoLE(pooling="prompt", granularity="network")}
 # Where a token's weights never depend on later tokens, or on tokens at all.
-CAUSAL = [name for name, p in METHODS.items() if name in CONSTANT or p.pooling in ("auto", "token")]
+CAUSAL = [name for name, p in METHODS.items() if getattr(p, "pooling", "auto") in ("auto", "token")]
+# They decide on the prompt: methods that a decoder-only model must tell what it is when it generates without a cache.
+PROMPTED = [*PROMPT, *(name for name in ROUTED if name.startswith("logo"))]

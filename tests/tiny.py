@@ -257,13 +257,15 @@ def randomize(mixture: Mixture, seed: int = 0, strength: float = 1.5) -> Mixture
     """Give gates random parameters, so that their decisions differ from token to token."""
     generator = torch.Generator().manual_seed(500 + seed)
     # Evidence of length 1, or of length sqrt(size): either way, logits of about this strength.
-    unit = mixture.policy.normalization == "l2" if mixture.gates else True
+    unit = getattr(mixture.policy, "normalization", "l2") == "l2"
     with torch.no_grad():
         for name, parameter in mixture.gate_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if name.endswith("/e"):
                 parameter.copy_(noise * strength * (1.0 if unit else (parameter[..., 0].numel()) ** -0.5))
-            elif name.endswith(("/columns", "/bias", "/log_temperature")):
+            elif name.endswith("/W"):
+                parameter.copy_(noise * strength * parameter.shape[-1] ** -0.5)
+            elif name.endswith(("/columns", "/w", "/b", "/bias", "/log_temperature")):
                 parameter.add_(0.3 * noise)
     return mixture
 

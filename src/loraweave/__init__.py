@@ -24,21 +24,28 @@ if TYPE_CHECKING:
     from loraweave.experts.writer import write_expert
     from loraweave.mixture import Mixture, attach
     from loraweave.persistence import load
-    from loraweave.policies import Linear, MoLE, Sum
+    from loraweave.policies import CAT, Arrow, Linear, LoGo, LoRAFlow, LoRAHub, MoLE, Sum
+    from loraweave.training.search import SearchResult, search
     from loraweave.training.train import TrainingResult, train
     from loraweave.training.trainer import GateTrainer
     from loraweave.transforms.merge import arithmetic, merge
 
 _HOME = {
+    "Arrow": "policies",
+    "CAT": "policies",
     "Expert": "experts.types",
     "ExpertReport": "experts.inspection",
     "GateTrainer": "training.trainer",
     "Linear": "policies",
+    "LoGo": "policies",
+    "LoRAFlow": "policies",
+    "LoRAHub": "policies",
     "LoraFactors": "experts.types",
     "LoraweaveError": "errors",
     "LoraweaveWarning": "errors",
     "MoLE": "policies",
     "Mixture": "mixture",
+    "SearchResult": "training.search",
     "Sum": "policies",
     "TrainingResult": "training.train",
     "arithmetic": "transforms.merge",
@@ -47,20 +54,27 @@ _HOME = {
     "load": "persistence",
     "merge": "transforms.merge",
     "read_expert": "experts.reader",
+    "search": "training.search",
     "train": "training.train",
     "write_expert": "experts.writer",
 }
 
 __all__ = [
+    "CAT",
+    "Arrow",
     "Expert",
     "ExpertReport",
     "GateTrainer",
     "Linear",
+    "LoGo",
+    "LoRAFlow",
+    "LoRAHub",
     "LoraFactors",
     "LoraweaveError",
     "LoraweaveWarning",
     "Mixture",
     "MoLE",
+    "SearchResult",
     "Sum",
     "TrainingResult",
     "__version__",
@@ -70,6 +84,7 @@ __all__ = [
     "load",
     "merge",
     "read_expert",
+    "search",
     "train",
     "write_expert",
 ]

@@ -123,7 +123,7 @@ class Mixture:
 
     @property
     def gates(self) -> dict[str, nn.Module]:
-        """Site name -> its learned gate; empty for policies that learn nothing."""
+        """Site name -> the module that decides its weights; empty where they are constant."""
         return {site.name: site.gate for site in self.sites if site.gate is not None}
 
     def gate_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -131,6 +131,16 @@ class Mixture:
         for name, gate in self.gates.items():
             for key, parameter in gate.named_parameters():
                 yield f"{name}/{key}", parameter
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Names of the experts that are not masked."""
+        return tuple(n for i, n in enumerate(self.experts) if self._kept is None or bool(self._kept[i]))
+
+    @property
+    def folded(self) -> bool:
+        """Whether the mixture stands in the model's own weights now."""
+        return self._folded is not None
 
     # ---------------------------------------------------------------- masking
 
@@ -370,11 +380,14 @@ class Mixture:
     def _constants(self, doing: str) -> dict[str, Tensor]:
         weights: dict[str, Tensor] = {}
         for site in self.sites:
-            if site.constant is None:
+            constant = site.constant
+            if constant is None and hasattr(site.gate, "constant"):
+                constant = site.gate.constant()  # type: ignore[operator, union-attr]  # learned, but of no input
+            if constant is None:
                 raise LoraweaveError(
                     f"a {self._policy.name!r} mixture cannot {doing}: its weights depend on the input ({site.name})"
                 )
-            weights |= {layer.path: site.constant for layer in site.layers}
+            weights |= {layer.path: constant for layer in site.layers}
         return weights
 
     def _base_name(self) -> str | None:

@@ -59,10 +59,30 @@ class Method(_Part):
         return registry.from_dict(self.model_dump())
 
 
+class Contestant(Method):
+    """A policy, or a yardstick that a comparison alone knows: ``fresh_lora``, ``random`` or ``best_single``."""
+
+    def policy(self) -> Any:
+        """The policy or the yardstick.
+
+        Raises:
+            LoraweaveError: as :meth:`Method.policy`.
+        """
+        from loraweave.evaluation.yardsticks import YARDSTICKS
+        from loraweave.policies import registry
+
+        if self.name in YARDSTICKS:
+            options = {key: value for key, value in self.model_dump().items() if key != "name"}
+            return registry.build(YARDSTICKS[self.name], self.name, options)
+        if self.name not in registry.names():
+            raise unknown("method", self.name, [*registry.names(), *YARDSTICKS])
+        return super().policy()
+
+
 class Contender(_Part):
     """A method that takes part in a comparison, and what it does differently from ``train``."""
 
-    method: Method
+    method: Contestant
     train: dict[str, Any] = Field(default={}, description="fields of 'train' that differ for this method")
 
 

@@ -242,3 +242,34 @@ def test_compare_refuses_what_is_not_its_own(refused: Run, recipe: Path, tmp_pat
     (tmp_path / "thesis.tex").touch()
     assert "'thesis.tex'" in refused("compare", recipe, "-o", tmp_path)
     assert "names no test data" in refused("compare", recipe, "-o", tmp_path / "out", "data={}")
+
+
+def test_compare_takes_every_rival(run: Run, recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    names = ["lorahub", "cat", "lora_flow", "arrow", "logo", "fresh_lora", "random", "best_single"]
+    rivals = "{lorahub: {evaluations: 12}, fresh_lora: {learning_rate: 0.03, train: {steps: 30}}, "
+    rivals += "cat: {train: {steps: 4}}, lora_flow: {train: {steps: 4}}, arrow: {k: 1}, logo: {}, random: {}, "
+    run("compare", recipe, "-o", out, f"compare={rivals}best_single: {{}}}}", "train.batch_size=16")
+    results = json.loads((out / "results.json").read_text())
+    assert set(results["retention"]) == {"base", "only:colour", "only:size", *names}
+    assert results["retention"]["fresh_lora"]["mean"] > 0.9
+    assert results["retention"]["best_single"]["mean"] == 0.5
+    assert json.loads((out / "mixture" / "mixture.json").read_text())["method"]["name"] == "cat"
+    assert results["recipe"]["compare"]["arrow"]["method"] == {"name": "arrow", "k": 1}
+
+
+def test_a_search_is_trained_and_saved_as_a_sum(run: Run, recipe: Path, tmp_path: Path) -> None:
+    out = run("train", recipe, "-o", tmp_path / "hub", "method={name: lorahub, evaluations: 5, examples: 7}")
+    assert "5 evaluations on 7 examples" in out
+    saved = json.loads((tmp_path / "hub" / "mixture.json").read_text())
+    assert saved["method"]["name"] == "sum"
+    assert set(saved["method"]["weights"]) == {"colour", "size"}
+
+
+def test_compare_knows_its_contestants(refused: Run, recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert "did you mean 'fresh_lora'?" in refused("compare", recipe, "-o", out, "compare=[fresh_lor]")
+    assert "unknown option of method 'fresh_lora' 'rnk'; did you mean 'rank'?" in refused(
+        "compare", recipe, "-o", out, "compare={fresh_lora: {rnk: 3}}"
+    )
+    assert "unknown method 'random'" in refused("train", recipe, "-o", out, "method=random")

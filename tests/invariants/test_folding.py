@@ -12,13 +12,16 @@ from torch.testing import assert_close
 
 import loraweave as lw
 import tiny
-from methods import CONSTANT, GATED
+from methods import CONSTANT, GATED, ROUTED, STATIC
+
+INPUT_FREE = CONSTANT | STATIC
+BY_INPUT = GATED | ROUTED
 
 
 @pytest.mark.parametrize("architecture", tiny.EVERY)
-@pytest.mark.parametrize("method", CONSTANT)
+@pytest.mark.parametrize("method", INPUT_FREE)
 def test_fold_equals_forward_and_unfold_is_exact(mixed: Any, architecture: str, method: str) -> None:
-    mixture, inputs = mixed(architecture, CONSTANT[method]), tiny.batch(architecture)
+    mixture, inputs = mixed(architecture, INPUT_FREE[method]), tiny.batch(architecture)
     weights = dict(mixture.model.named_parameters())
     copies = {name: p.clone() for name, p in weights.items()}
     before = tiny.logits(mixture.model, inputs)
@@ -26,7 +29,8 @@ def test_fold_equals_forward_and_unfold_is_exact(mixed: Any, architecture: str, 
     try:
         assert_close(tiny.logits(mixture.model, inputs), before, atol=1e-11, rtol=1e-11)
         assert any(not torch.equal(p, copies[name]) for name, p in mixture.model.named_parameters())
-        assert not any(p.requires_grad for p in mixture.model.parameters())
+        gates = {id(p) for _, p in mixture.gate_parameters()}
+        assert not any(p.requires_grad for p in mixture.model.parameters() if id(p) not in gates)
     finally:
         mixture.unfold()
     after = dict(mixture.model.named_parameters())
@@ -35,10 +39,10 @@ def test_fold_equals_forward_and_unfold_is_exact(mixed: Any, architecture: str, 
 
 
 @pytest.mark.parametrize("architecture", tiny.EVERY)
-@pytest.mark.parametrize("method", CONSTANT)
+@pytest.mark.parametrize("method", INPUT_FREE)
 def test_exported_lora_in_peft_equals_the_mixture(architecture: str, method: str, tmp_path: Path) -> None:
     inputs = tiny.batch(architecture)
-    mixture = tiny.attached(architecture, CONSTANT[method])
+    mixture = tiny.randomize(tiny.attached(architecture, INPUT_FREE[method]))
     folder = mixture.export_lora(tmp_path / "lora")
     expected = tiny.logits(mixture.model, inputs)
     plain = peft.PeftModel.from_pretrained(tiny.model(architecture), folder).eval()
@@ -60,9 +64,9 @@ def test_export_keeps_masks_and_leaves_out_what_has_no_weight(tmp_path: Path) ->
     assert_close(tiny.logits(plain, inputs), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", GATED)
+@pytest.mark.parametrize("method", BY_INPUT)
 def test_weights_that_depend_on_the_input_cannot_be_folded(mixed: Any, method: str, tmp_path: Path) -> None:
-    mixture, inputs = mixed("llama", GATED[method]), tiny.batch("llama")
+    mixture, inputs = mixed("llama", BY_INPUT[method]), tiny.batch("llama")
     before = tiny.logits(mixture.model, inputs)
     with pytest.raises(lw.LoraweaveError, match="weights depend on the input"):
         mixture.fold()

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 import loraweave as lw
 import tiny
 from loraweave.mixture import Mixture
-from methods import CAUSAL, METHODS, PROMPT
+from methods import CAUSAL, METHODS, PROMPT, PROMPTED, ROUTED
 
 NEW = 5
 SEARCHES: dict[str, dict[str, Any]] = {"greedy": {}, "beam": {"num_beams": 3}}
@@ -24,7 +24,13 @@ CASES = [
     for architecture in ("t5", "llama", "bart", "whisper", "gpt2", "qwen3")
     for method in (CAUSAL if architecture in ("t5", "llama") else FEW)
     for search in (SEARCHES if ALL[method].mix == "deltas" else ("greedy",))
-] + [(architecture, method, search) for architecture in ("llama", "gpt2") for method in PROMPT for search in SEARCHES]
+] + [
+    (architecture, method, search)
+    for architecture in ("llama", "gpt2", "t5")
+    for method in PROMPTED
+    for search in SEARCHES
+    if architecture != "t5" or method in ROUTED
+]
 
 
 def prompts(architecture: str, lengths: tuple[int, ...] = (6, 2, 4)) -> dict[str, Tensor]:
@@ -38,8 +44,8 @@ def prompts(architecture: str, lengths: tuple[int, ...] = (6, 2, 4)) -> dict[str
 
 
 def generate(mixture: Mixture, inputs: dict[str, Tensor], use_cache: bool = True, **options: Any) -> Any:
-    pooling = getattr(mixture.policy, "pooling", None)
-    told = pooling == "prompt" and not use_cache
+    prompted = [ALL[method] for method in PROMPTED]
+    told = mixture.policy in prompted and not use_cache and not mixture.model.config.is_encoder_decoder
     settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "output_scores": True}
     with mixture.prompt(inputs["attention_mask"]) if told else nullcontext():
         return mixture.model.generate(

@@ -16,9 +16,12 @@ import tiny
 from loraweave.mixing import numerics
 from loraweave.mixture import Mixture
 from loraweave.training import objective
-from methods import CONSTANT, GATED, PROMPT
+from methods import CONSTANT, GATED, PROMPT, ROUTED, STATIC
 
-CASES = [(a, m) for a in ("t5", "llama", "bert") for m in GATED] + [("llama", m) for m in PROMPT]
+LEARNED = GATED | STATIC
+UNLEARNED = CONSTANT | ROUTED
+
+CASES = [(a, m) for a in ("t5", "llama", "bert") for m in LEARNED] + [("llama", m) for m in PROMPT]
 
 
 def loss_of(mixture: Mixture, architecture: str) -> Tensor:
@@ -38,7 +41,7 @@ def balance_of(mixture: Mixture) -> Tensor:
 
 @pytest.mark.parametrize(("architecture", "method"), CASES)
 def test_only_gates_learn(mixed: Any, architecture: str, method: str) -> None:
-    mixture = mixed(architecture, (GATED | PROMPT)[method])
+    mixture = mixed(architecture, (LEARNED | PROMPT)[method])
     gates = {name: p for name, p in mixture.gate_parameters() if p.requires_grad}
     own = {id(p) for p in gates.values()}
     assert {id(p) for p in mixture.model.parameters() if p.requires_grad} == own
@@ -59,9 +62,9 @@ def test_only_gates_learn(mixed: Any, architecture: str, method: str) -> None:
     assert all(torch.equal(t, copy) for t, copy in zip(frozen, copies, strict=True))
 
 
-@pytest.mark.parametrize("method", CONSTANT)
+@pytest.mark.parametrize("method", UNLEARNED)
 def test_policies_without_gates_learn_nothing(mixed: Any, method: str) -> None:
-    mixture = mixed("llama", CONSTANT[method])
+    mixture = mixed("llama", UNLEARNED[method])
     assert not list(mixture.gate_parameters())
     assert not any(p.requires_grad for p in mixture.model.parameters())
     assert not loss_of(mixture, "llama").requires_grad

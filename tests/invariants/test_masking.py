@@ -12,7 +12,7 @@ from torch.testing import assert_close
 import loraweave as lw
 import tiny
 from loraweave.mixture import Mixture
-from methods import METHODS, PROMPT
+from methods import METHODS, PROMPT, ROUTED
 
 ALL = METHODS | PROMPT
 
@@ -37,7 +37,7 @@ def test_masked_weights(mixed: Any, method: str) -> None:
     policy = ALL[method]
     mixture, inputs = mixed("llama", policy), tiny.batch("llama")
     free = first_weights(mixture, inputs)
-    sparse = getattr(policy, "activation", "") in ("top1", "topk")
+    sparse = getattr(policy, "activation", "") in ("top1", "topk") or method in ROUTED
     for kept in ([0], [1], [2], [0, 1], [0, 2], [1, 2], [0, 1, 2]):
         mask = torch.tensor([i in kept for i in range(3)])
         names = [tiny.NAMES[i] for i in kept]
@@ -48,7 +48,11 @@ def test_masked_weights(mixed: Any, method: str) -> None:
         with mixture.without(*(n for n in tiny.NAMES if n not in names)):
             assert torch.equal(first_weights(mixture, inputs), g)
         assert (g[..., ~mask] == 0).all()
-        if not policy.normalized:
+        if method.startswith("lora_flow"):  # the offsets stay as they are, the softmax is shared out
+            offsets = next(iter(mixture.gates.values())).b.double()
+            shares = (free - offsets) * mask / ((free - offsets) * mask).sum(-1, keepdim=True)
+            assert_close(g, (shares + offsets) * mask, atol=1e-6, rtol=1e-5)
+        elif not policy.normalized:
             assert_close(g, free * mask)
         elif sparse:
             assert_close(g.sum(-1), torch.full_like(g[..., 0], total(policy, len(kept))))

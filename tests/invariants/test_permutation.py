@@ -22,6 +22,8 @@ def permuted(name: str, parameter: Tensor, mixture: Mixture) -> Tensor:
     """A gate's parameter, for the experts in the other order."""
     if name.endswith(("/log_temperature", "/scale")):
         return parameter
+    if name.endswith("/W"):
+        return parameter[PICK]
     gate = mixture.gates[name.rpartition("/")[0]]
     parameter = parameter[..., PICK]
     if not name.endswith("/e") or gate.policy.evidence == "hidden":

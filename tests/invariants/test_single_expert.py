@@ -14,10 +14,10 @@ from torch.testing import assert_close
 
 import loraweave as lw
 import tiny
-from methods import METHODS, PROMPT
+from methods import METHODS, PROMPT, ROUTED
 
 # Policies that name no expert, and under which an expert left alone has weight 1.
-UNIT = ["sum", "linear"] + [n for n, p in METHODS.items() if n.startswith("mole") and p.normalized]
+UNIT = ["sum", "linear", *ROUTED] + [n for n, p in METHODS.items() if n.startswith("mole") and p.normalized]
 
 # Two adapters an architecture: plain LoRA, and one with all that peft can vary.
 TWISTED: dict[str, dict[str, Any]] = {

@@ -215,7 +215,9 @@ def test_layer_dropout(tmp_path: Path) -> None:
 
 def test_what_cannot_be_trained(tmp_path: Path) -> None:
     mixture = lessons.mixture("llama", lw.Linear())
-    with pytest.raises(lw.LoraweaveError, match="nothing to train: a 'linear' policy has no gates; use MoLE"):
+    with pytest.raises(
+        lw.LoraweaveError, match="nothing to train: a 'linear' policy has no gates that learn; use MoLE"
+    ):
         trainer(mixture, tmp_path, [])
     mixture.policy = lw.MoLE()
     kwargs = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}

@@ -17,12 +17,14 @@ from loraweave.cli import building
 from loraweave.evaluation.comparison import Run, retention, single, summarise
 from loraweave.evaluation.metrics import get_metric
 from loraweave.evaluation.scoring import predict
+from loraweave.evaluation.yardsticks import YARDSTICKS, Setting, Yardstick
+from loraweave.experts.resolve import resolve_experts
 from loraweave.files import check_replaceable, replace_folder_atomic, write_json_atomic
 from loraweave.policies import Sum
-from loraweave.recipe import Contender, Method, Recipe
+from loraweave.recipe import Contender, Contestant, Recipe
 from loraweave.reporting.plots import heat_maps
 from loraweave.reporting.tables import results_table
-from loraweave.training.train import train
+from loraweave.training.learn import learn, learns
 
 RESULTS, PICTURE, MIXTURE = "results.json", "weights.png", "mixture"
 # Inputs per task for the picture: a mean over more looks the same.
@@ -90,16 +92,19 @@ class Comparison:
     def run(self) -> dict[str, Any]:
         """Score everything; returns what ``results.json`` holds."""
         started = time.perf_counter()
+        self.experts = {expert.name: expert for expert in resolve_experts(self.recipe.sources())}
         self.model, self.tokenizer = building.load_base(self.recipe.base)
         self._score("base")
-        self.mixture = lw.attach(self.model, self.recipe.sources(), Sum())
+        self.mixture = lw.attach(self.model, self.experts, Sum())
         for expert in self.mixture.experts:
             with self.mixture.only(expert):
                 self._score(single(expert))
         own = self._own()
         gates = {label: self._contend(label, contender) for label, contender in self.contenders.items()}
-        self.kept = next((label for label, found in gates.items() if found), next(iter(gates)))
-        self._restore(gates[self.kept])
+        learned = [label for label, found in gates.items() if found]
+        mixed = [label for label, c in self.contenders.items() if c.method.name not in YARDSTICKS]
+        self.kept = next(iter([*learned, *mixed]), "sum")
+        self._restore(gates.get(self.kept, {}))
         extra = {
             "metrics": {name: test.metric for name, test in self.tests.items()},
             "items": {name: len(test.examples) for name, test in self.tests.items()},
@@ -115,25 +120,48 @@ class Comparison:
     def _contend(self, label: str, contender: Contender) -> Gates:
         """Score a method, with every seed if it learns; returns its gates after the first."""
         policy = contender.method.policy()
+        options = self.recipe.training(label, contender).options()
+        if contender.method.name in YARDSTICKS:
+            for seed in self.seeds:
+                self._measure(label, policy, options, seed)
+            return {}
         self.mixture.policy = policy
-        if not self.mixture.gates:
+        if not learns(self.mixture):
             self._score(label)
             return {}
-        options = self.recipe.training(label, contender).options()
         first: Gates = {}
         for seed in self.seeds:
             started = time.perf_counter()
             self.mixture.policy = policy  # fresh gates
             rows = building.training_data(self.recipe, seed)
             doing = f"{f'{label}, seed {seed}: gates':<24}"
-            train(self.mixture, rows, tokenizer=self.tokenizer, progress=doing, **(options | {"seed": seed}))
+            learn(self.mixture, rows, tokenizer=self.tokenizer, progress=doing, **(options | {"seed": seed}))
             self._score(label, seed, started)
             first = first or {name: p.detach().clone() for name, p in self.mixture.gate_parameters()}
         return first
 
+    def _measure(self, label: str, yardstick: Yardstick, options: dict[str, Any], seed: int) -> None:
+        """Score a yardstick: other LoRAs stand where the experts stood."""
+        started, options = time.perf_counter(), options | {"seed": seed}
+        rows = building.training_data(self.recipe, seed)
+        self.mixture.detach()
+        try:
+            setting = Setting(self.model, self.tokenizer, self.experts, rows, options, seed)
+            stand_ins, policy = yardstick.stand_ins(setting)
+            other = lw.attach(self.model, stand_ins, policy)
+            try:
+                if learns(other):
+                    learn(other, rows, tokenizer=self.tokenizer, **options)
+                self._score(label, seed, started)
+            finally:
+                other.detach()
+        finally:
+            self.mixture = lw.attach(self.model, self.experts, Sum())
+
     @torch.no_grad()
     def _restore(self, gates: Gates) -> None:
-        self.mixture.policy = self.contenders[self.kept].method.policy()
+        kept = self.contenders.get(self.kept)
+        self.mixture.policy = Sum() if kept is None else kept.method.policy()
         for name, parameter in self.mixture.gate_parameters():
             parameter.copy_(gates[name])
 
@@ -163,5 +191,5 @@ class Comparison:
 
 def default_contenders(recipe: Recipe) -> dict[str, Contender]:
     """Where a recipe does not say what to compare: the sum, the average, and its own method."""
-    plain = {name: Contender(method=Method(name=name)) for name in ("sum", "linear")}
-    return plain | {recipe.method.name: Contender(method=recipe.method)}
+    plain = {name: Contender(method=Contestant(name=name)) for name in ("sum", "linear")}
+    return plain | {recipe.method.name: Contender(method=Contestant(**recipe.method.model_dump()))}

@@ -33,14 +33,15 @@ def _run(options: argparse.Namespace) -> None:
     from loraweave.evaluation.metrics import get_metric
     from loraweave.evaluation.scoring import score
     from loraweave.files import write_json_atomic
+    from loraweave.training.learn import learns
 
     if options.metric:
         get_metric(options.metric)
     recipe = building.recipe_of(options.mixture)
     tests = building.held_out(recipe, options.data, options.metric, options.limit)
     opened = building.open_mixture(options.mixture, recipe)
-    if recipe is not None and opened.mixture.gates:
-        print("note: the gates of a recipe are untrained; train it and evaluate the folder", file=sys.stderr)
+    if recipe is not None and learns(opened.mixture):
+        print("note: a recipe's mixture has learned nothing yet; train it and evaluate the folder", file=sys.stderr)
     settings = building.generation(recipe, options)
     rows: dict[str, dict[str, Any]] = {}
     with building.masked(opened.mixture, options):

@@ -24,24 +24,18 @@ def _run(options: argparse.Namespace) -> None:
     from loraweave.cli import building
     from loraweave.files import check_replaceable
     from loraweave.recipe import load_recipe
-    from loraweave.training.train import train
+    from loraweave.training.learn import learn, learns
 
     recipe = load_recipe(options.recipe, options.overrides)
     check_replaceable(options.out, ours=building.MIXTURE_FILES)
     # Before the base is loaded, so that bad data shows at once.
     data = building.training_data(recipe, recipe.train.seed) if building.names_training_data(recipe) else []
     mixture, tokenizer = building.build(recipe)
-    if mixture.gates:
+    if learns(mixture):
         data = data or building.training_data(recipe, recipe.train.seed)
-        result = train(
-            mixture,
-            data,
-            tokenizer=tokenizer,
-            output_dir=options.checkpoints,
-            resume=options.checkpoints is not None,
-            **recipe.train.options(),
-        )
-        print(f"{result.steps} steps on {len(data)} examples in {result.seconds:.0f} s, mean loss {result.loss:.3f}")
+        # A search has no checkpoints: it is over in minutes.
+        checkpoints = {"output_dir": options.checkpoints, "resume": options.checkpoints is not None}
+        print(learn(mixture, data, tokenizer=tokenizer, **checkpoints, **recipe.train.options()))
     else:
         print(f"{recipe.method.name!r} has nothing to train")
     # Merged experts are nowhere on disk.

@@ -80,9 +80,10 @@ class SitePlan:
 
 
 class Gate(Protocol):
-    """Learned weights at one site: an ``nn.Module`` that also answers these.
+    """Weights decided at one site: an ``nn.Module`` that also answers these.
 
-    It may have a ``suggested_learning_rate``, which ``train`` uses where it is given none.
+    A gate whose weights depend on no input also has ``constant() -> Tensor`` (``[E]``), so that they can be folded. It
+    may have a ``suggested_learning_rate``, which ``train`` uses where it is given none.
     """
 
     normalized: bool
@@ -116,4 +117,4 @@ class Policy(Protocol):
         """``[E]`` if ``g`` depends on nothing at this site, else ``None``."""
 
     def gate(self, site: SitePlan) -> nn.Module | None:
-        """A fresh :class:`Gate` for this site if ``g`` is learned, else ``None``."""
+        """A fresh :class:`Gate` for this site if ``g`` is learned or depends on the input, else ``None``."""

@@ -27,6 +27,12 @@ def finite(method: str, option: str, value: Any, above: float | None = None) -> 
         raise LoraweaveError(f"{method} {option}: expected a finite number{bound}, got {value!r}")
 
 
+def whole(method: str, option: str, value: Any) -> None:
+    """Raise unless ``value`` is a whole number of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise LoraweaveError(f"{method} {option}: expected a whole number of at least 1, got {value!r}")
+
+
 def weight_vector(method: str, weights: Mapping[str, float], experts: Sequence[str], default: float) -> Tensor:
     """``[E]`` weights in the mixture's order, ``default`` for experts that ``weights`` does not name."""
     for name in weights:

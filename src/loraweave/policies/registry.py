@@ -52,7 +52,16 @@ def from_dict(config: Mapping[str, Any]) -> Any:
     name = given.pop("name", None)
     if not isinstance(name, str):
         raise LoraweaveError(f"method: expected a field 'name' (one of: {', '.join(names())}), got {dict(config)}")
-    cls, known = get(name), options(name)
+    return build(get(name), name, given)
+
+
+def build(cls: Callable[..., Any], name: str, given: Mapping[str, Any]) -> Any:
+    """``cls`` with these options.
+
+    Raises:
+        LoraweaveError: an unknown option, or one that it refuses.
+    """
+    known = tuple(f.name for f in dataclasses.fields(cls))  # type: ignore[arg-type]
     for option in given:
         if option not in known:
             raise unknown(f"option of method {name!r}", option, known)

@@ -29,7 +29,7 @@ def entropy(site: Site) -> Tensor:
 
 def _shares(site: Site) -> Tensor:
     assert site.current is not None, f"gate site {site.name} has not run"
-    g = site.current.dense.float()
+    g = site.current.dense.float().abs()  # a weight below zero counts by its size
     return g / g.sum(-1, keepdim=True).clamp(min=1e-20)
 
 

@@ -33,14 +33,18 @@ class GateTrainer(Trainer):
         **options: anything else :class:`transformers.Trainer` takes, but ``model``.
 
     Raises:
-        LoraweaveError: the policy has no gates to train.
+        LoraweaveError: the policy has no gates to train, or the mixture is folded.
     """
 
     def __init__(
         self, mixture: Mixture, args: TrainingArguments, *, balance: float | None = None, **options: Any
     ) -> None:
-        if not mixture.gates:
-            raise LoraweaveError(f"nothing to train: a {mixture.policy.name!r} policy has no gates; use MoLE")
+        if not any(True for _ in mixture.gate_parameters()):
+            raise LoraweaveError(
+                f"nothing to train: a {mixture.policy.name!r} policy has no gates that learn; use MoLE"
+            )
+        if mixture.folded:
+            raise LoraweaveError("cannot train gates that are folded into the weights; call unfold() first")
         if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise LoraweaveError("gate training needs gradient_checkpointing_kwargs={'use_reentrant': False}")
         self.mixture = mixture

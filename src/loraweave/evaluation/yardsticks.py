@@ -1,0 +1,198 @@
+"""What a comparison measures methods by, and no mixture is: other LoRAs in the place of the experts.
+
+Each answers, for one seed, what to attach instead of the recipe's experts, and under which policy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from loraweave.evaluation.data import Example
+from loraweave.experts.types import Expert, LoraFactors
+from loraweave.mixing.types import Policy
+from loraweave.policies import Sum, checks, registry
+from loraweave.text import Collator, encode_example
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a yardstick may use.
+
+    Attributes:
+        model: the bare base model; it must be left as it was.
+        tokenizer: its tokenizer.
+        experts: the recipe's, by name.
+        examples: the training examples that methods learn from.
+        options: of :func:`loraweave.train`, as the recipe sets them for this contestant.
+        seed: of everything.
+    """
+
+    model: Any
+    tokenizer: Any
+    experts: Mapping[str, Expert]
+    examples: Sequence[Example]
+    options: Mapping[str, Any]
+    seed: int
+
+    def batches(self, size: int) -> list[dict[str, Tensor]]:
+        """The examples, encoded, in batches."""
+        rows, collate = self.encoded(), Collator(self.tokenizer)
+        return [collate(rows[first : first + size]) for first in range(0, len(rows), size)]
+
+    def encoded(self) -> list[dict[str, list[int]]]:
+        lengths: dict[str, Any] = {name: self.options.get(name) for name in ("max_input_length", "max_target_length")}
+        seq2seq = bool(self.model.config.is_encoder_decoder)
+        return [encode_example(self.tokenizer, e, is_encoder_decoder=seq2seq, **lengths) for e in self.examples]
+
+
+class Yardstick(Protocol):
+    """A contestant of a comparison that is no policy."""
+
+    @property
+    def name(self) -> str: ...
+
+    def stand_ins(self, setting: Setting) -> tuple[dict[str, Expert], Policy]:
+        """What to attach in the experts' place, and under which policy."""
+
+
+@dataclass(frozen=True)
+class FreshLoRA:
+    """One new LoRA, trained by peft on the very examples that methods learn from, on all modules that experts extend.
+
+    Args:
+        rank: default: the largest of the experts'.
+        learning_rate: at its highest; it falls linearly to zero. (The recipe's is for gates.)
+    """
+
+    rank: int | None = None
+    learning_rate: float = 1e-3
+
+    name: ClassVar[str] = "fresh_lora"
+
+    def __post_init__(self) -> None:
+        if self.rank is not None:
+            checks.whole(self.name, "rank", self.rank)
+        checks.finite(self.name, "learning_rate", self.learning_rate, above=0)
+
+    def stand_ins(self, setting: Setting) -> tuple[dict[str, Expert], Policy]:
+        targets = list(dict.fromkeys(path for expert in setting.experts.values() for path in expert.factors))
+        ranks = [f.rank for expert in setting.experts.values() for f in expert.factors.values()]
+        return {"fresh": train_lora(setting, targets, self.rank or max(ranks), self.learning_rate)}, Sum()
+
+
+@dataclass(frozen=True)
+class RandomLoRAs:
+    """Random LoRAs of the experts' shapes and norms: what a method makes of nothing.
+
+    Args:
+        method: the policy that mixes them, by name and options; default: the sum.
+    """
+
+    method: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "sum"})
+
+    name: ClassVar[str] = "random"
+
+    def __post_init__(self) -> None:
+        registry.from_dict(self.method)
+
+    def stand_ins(self, setting: Setting) -> tuple[dict[str, Expert], Policy]:
+        generator = torch.Generator().manual_seed(setting.seed)
+        return {n: scrambled(e, generator) for n, e in setting.experts.items()}, registry.from_dict(self.method)
+
+
+@dataclass(frozen=True)
+class BestSingle:
+    """The one expert that answers the training examples best (by mean loss), on every task."""
+
+    name: ClassVar[str] = "best_single"
+
+    def stand_ins(self, setting: Setting) -> tuple[dict[str, Expert], Policy]:
+        from loraweave.evaluation.scoring import evaluating
+        from loraweave.mixture import attach
+        from loraweave.training.search import mean_loss
+
+        batches = setting.batches(24)
+        mixture = attach(setting.model, setting.experts, Sum())
+        losses: dict[str, float] = {}
+        try:
+            with evaluating(setting.model):
+                for name in mixture.experts:
+                    with mixture.only(name):
+                        losses[name] = mean_loss(setting.model, batches)
+        finally:
+            mixture.detach()
+        best = min(losses, key=losses.__getitem__)
+        return {best: setting.experts[best]}, Sum()
+
+
+YARDSTICKS: dict[str, type[Any]] = {kind.name: kind for kind in (FreshLoRA, RandomLoRAs, BestSingle)}
+
+
+def scrambled(expert: Expert, generator: torch.Generator) -> Expert:
+    """Random factors of the expert's shapes, scales and Frobenius norms."""
+
+    def like(tensor: Tensor) -> Tensor:
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        scaled: Tensor = noise * (tensor.double().norm().cpu() / noise.norm())
+        return scaled.to(tensor)
+
+    factors = {path: LoraFactors(like(f.A), like(f.B), f.scale, f.embedding) for path, f in expert.factors.items()}
+    return Expert(expert.name, factors, base=expert.base)
+
+
+def train_lora(setting: Setting, targets: Sequence[str], rank: int, learning_rate: float) -> Expert:
+    """Train a LoRA with peft on the setting's examples; the model is bare again afterwards.
+
+    Args:
+        setting: model, examples, and ``steps``, ``batch_size`` ... in its options.
+        targets: module paths.
+        rank: of all of them; alpha is twice the rank.
+        learning_rate: at its highest.
+    """
+    import peft
+    from transformers import Trainer, TrainingArguments
+
+    from loraweave.experts.reader import read_expert
+
+    model: nn.Module = setting.model
+    flags, modes = [(p, p.requires_grad) for p in model.parameters()], [(m, m.training) for m in model.modules()]
+    torch.manual_seed(setting.seed)
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets))
+    tuned = peft.get_peft_model(setting.model, config)
+    steps = int(setting.options.get("steps", 100))
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            arguments = TrainingArguments(
+                output_dir=scratch,
+                max_steps=steps,
+                learning_rate=learning_rate,
+                per_device_train_batch_size=int(setting.options.get("batch_size", 24)),
+                warmup_steps=max(1, steps // 20),
+                lr_scheduler_type="linear",
+                seed=setting.seed,
+                bf16=bool(setting.options.get("bf16", False)),
+                save_strategy="no",
+                logging_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+                remove_unused_columns=False,
+                dataloader_pin_memory=next(model.parameters()).is_cuda,
+            )
+            rows: Any = setting.encoded()
+            Trainer(tuned, arguments, train_dataset=rows, data_collator=Collator(setting.tokenizer)).train()
+            tuned.save_pretrained(scratch, save_embedding_layers=False)
+            fresh = read_expert(scratch, "fresh")
+    finally:
+        tuned.unload()
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode
+    return Expert("fresh", fresh.factors, base=fresh.base)

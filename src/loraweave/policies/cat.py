@@ -1,0 +1,83 @@
+"""CAT: learned static weights, one vector a site, as in LoRA Soups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from loraweave.mixing.types import Evidence, Granularity, SitePlan, Weights
+from loraweave.policies import checks
+from loraweave.policies.precision import moved
+from loraweave.policies.registry import register
+
+
+@register
+@dataclass(frozen=True)
+class CAT:
+    """``W^l + sum_i w_i^l dW_i^l``, with ``w^l`` learned from examples and the same for every input (LoRA Soups).
+
+    Concatenating ``A`` and ``B`` with a learned weight each gives this sum: no cross terms, any ranks. The weights are
+    free: they need not sum to one, nor be positive. They depend on nothing, so the trained mixture folds into the
+    model's weights and exports as one LoRA.
+
+    Args:
+        granularity: which modules share a weight vector; the paper's is ``matrix``.
+        start: weight of every expert before training; default: 1/N, the average.
+        balance: weight of MoLE's balance loss in training, on the weights' sizes.
+    """
+
+    granularity: Granularity = "matrix"
+    start: float | None = None
+    balance: float = 0.0
+
+    name: ClassVar[str] = "cat"
+    source: ClassVar[str] = "https://arxiv.org/abs/2410.13025"
+    normalized: ClassVar[bool] = False
+    mix: ClassVar[Literal["deltas"]] = "deltas"
+
+    def __post_init__(self) -> None:
+        checks.choice(self.name, "granularity", self.granularity, Granularity)
+        checks.finite(self.name, "balance", self.balance, above=-1e-30)
+        if self.start is not None:
+            checks.finite(self.name, "start", self.start)
+
+    def constant(self, site: SitePlan) -> None:
+        """No site is constant while it learns; its gate tells the weights for folding."""
+
+    def gate(self, site: SitePlan) -> nn.Module:
+        return StaticGate(site, 1.0 / len(site.experts) if self.start is None else self.start)
+
+
+class StaticGate(nn.Module):
+    """Learned weights that depend on nothing. Parameter: ``w`` ``[E]``."""
+
+    normalized = False
+
+    def __init__(self, site: SitePlan, start: float) -> None:
+        super().__init__()
+        A = site.bank.A
+        self.w = nn.Parameter(torch.full((len(site.experts),), start, device=A.device, dtype=torch.float32))
+        self.kept: Tensor | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StaticGate:
+        super()._apply(moved(fn), recurse)
+        self.kept = None if self.kept is None else self.kept.to(self.w.device)
+        return self
+
+    def keep(self, kept: Tensor | None) -> None:
+        """Mask experts: ``kept`` is ``[E]`` bool; ``None`` lifts the mask. Masked ones drop out, the others stay."""
+        self.kept = None if kept is None else kept.to(self.w.device)
+
+    def forward(self, evidence: Evidence) -> Weights:  # noqa: ARG002
+        return Weights(self._weights().view(1, 1, -1))
+
+    def constant(self) -> Tensor:
+        """``[E]``: the weights as they are now, for folding and export."""
+        return self._weights().detach().double().cpu()
+
+    def _weights(self) -> Tensor:
+        return self.w if self.kept is None else self.w * self.kept
