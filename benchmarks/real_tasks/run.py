@@ -26,7 +26,6 @@ TASKS = {
     "tv": ("rnnlg/tv", "bleu"),
     "e2e": ("e2e", "bleu"),
     "hans": ("hans_regen", "accuracy"),
-    "commongen": ("commongen", "bleu"),
 }
 
 

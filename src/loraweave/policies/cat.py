@@ -56,6 +56,8 @@ class StaticGate(nn.Module):
     """Learned weights that depend on nothing. Parameter: ``w`` ``[E]``."""
 
     normalized = False
+    # A few dozen steps must be able to carry a weight from 1/N to 1.
+    suggested_learning_rate = 0.03
 
     def __init__(self, site: SitePlan, start: float) -> None:
         super().__init__()
