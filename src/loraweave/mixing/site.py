@@ -100,11 +100,16 @@ class Site:
         """Let the gate read the leader's input ``x``, rank outputs ``a`` and (of an embedding) output ``y``."""
         assert self.gate is not None
         hidden = y if self.leader.bank.embedding else x
-        if hidden.ndim == 2:
+        grid = None
+        if hidden.ndim == 4:
+            grid = (a.shape[2], a.shape[3])
+            hidden, a = hidden.flatten(2).mT, a.flatten(2).mT
+        pooled = hidden.ndim == 2
+        if pooled:
             shape = self._rows_and_tokens(hidden.shape[0])
             hidden, a = hidden.view(*shape, -1), a.view(*shape, -1)
         self._tokens = hidden.shape[1]
-        self.set(self.gate(Evidence(hidden, a, self.stream)))
+        self.set(self.gate(Evidence(hidden, a, self.stream, grid=grid, pooled=pooled)))
 
     def _rows_and_tokens(self, vectors: int) -> tuple[int, int]:
         """What a 2-D input is: all rows' tokens in one list, or a vector per row (a pooled state)."""
@@ -137,11 +142,14 @@ class Site:
             w = self._row_weights[layout, a.device] = (dense @ layout.spread(dense)).to(a.dtype)
         if a.ndim == 3:
             return w
+        if a.ndim == 4:
+            cells: Tensor = w.mT.unflatten(2, a.shape[2:] if w.shape[1] > 1 else (1, 1))
+            return cells
         if a.ndim == 2:
             if w.shape[0] * w.shape[1] not in (1, a.shape[0]):
                 w = w.expand(-1, self._tokens, -1)
             return w.reshape(-1, w.shape[-1])
-        raise LoraweaveError(f"{self.name}: cannot mix in a module whose input has {a.ndim} axes, expected 2 or 3")
+        raise LoraweaveError(f"{self.name}: cannot mix in a module whose input has {a.ndim} axes, expected 2, 3 or 4")
 
     def few_rows(self, bank: Bank, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """``A, w, Bt`` of only the experts each batch row uses, where fetching them is cheaper than computing all."""

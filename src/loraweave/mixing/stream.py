@@ -25,6 +25,7 @@ class StreamSpec:
         causal: whether a token may only see what came before it.
         prompted: whether the tokens begin with a prompt and go on with an answer (decoder-only models).
         body: path of a module behind the door that users also call by itself (a model without its head), if any.
+        spatial: whether its tokens are places in a picture.
     """
 
     name: str
@@ -33,6 +34,21 @@ class StreamSpec:
     causal: bool = False
     prompted: bool = False
     body: str = ""
+    spatial: bool = False
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """How a picture's tokens are laid out in one call of a denoiser.
+
+    Attributes:
+        height, width: cells of the largest grid (latent pixels of a UNet, patches of a transformer).
+        text: how many text tokens stand before them where both are in one sequence.
+    """
+
+    height: int
+    width: int
+    text: int = 0
 
 
 class Stream:
@@ -45,6 +61,7 @@ class Stream:
         self.cache: object | None = None
         self.stated_prompt: Tensor | None = None
         self.expected = False
+        self.canvas: Canvas | None = None
         self._cached: int | Tensor = 0
         self._frozen: WeakKeyDictionary[object, dict[int, Any]] = WeakKeyDictionary()
         self._homeless: dict[int, Any] = {}
@@ -123,6 +140,10 @@ class Arguments:
     def __init__(self, module: nn.Module) -> None:
         names = inspect.signature(type(module).forward).parameters
         self._position = {name: i - 1 for i, name in enumerate(names)}
+
+    def names(self) -> tuple[str, ...]:
+        """The parameters' names in order, without ``self``."""
+        return tuple(name for name in self._position if self._position[name] >= 0)
 
     def get(self, name: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name is None:
