@@ -32,6 +32,8 @@ GATED: dict[str, Any] = {
     "mole-outputs": lw.MoLE(mix="outputs", gate_form="full"),
 }
 METHODS = CONSTANT | GATED
+# These follow a denoising run; tests/images holds them to the same.
+PICTURES = {"switch", "composite", "regional"}
 # Decoder-only models alone have a prompt of their own.
 PROMPT = {"mole-prompt": lw.MoLE(pooling="prompt", granularity="network")}
 # Where a token's weights never depend on later tokens, or on tokens at all.

@@ -24,11 +24,12 @@ if TYPE_CHECKING:
     from loraweave.experts.writer import write_expert
     from loraweave.mixture import Mixture, attach
     from loraweave.persistence import load
-    from loraweave.policies import Linear, MoLE, Sum
+    from loraweave.policies import Composite, Linear, MoLE, Regional, Sum, Switch
     from loraweave.training.train import TrainingResult, train
     from loraweave.training.trainer import GateTrainer
 
 _HOME = {
+    "Composite": "policies",
     "Expert": "experts.types",
     "ExpertReport": "experts.inspection",
     "GateTrainer": "training.trainer",
@@ -38,7 +39,9 @@ _HOME = {
     "LoraweaveWarning": "errors",
     "MoLE": "policies",
     "Mixture": "mixture",
+    "Regional": "policies",
     "Sum": "policies",
+    "Switch": "policies",
     "TrainingResult": "training.train",
     "attach": "mixture",
     "inspect": "experts.inspection",
@@ -49,6 +52,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Composite",
     "Expert",
     "ExpertReport",
     "GateTrainer",
@@ -58,7 +62,9 @@ __all__ = [
     "LoraweaveWarning",
     "Mixture",
     "MoLE",
+    "Regional",
     "Sum",
+    "Switch",
     "TrainingResult",
     "__version__",
     "attach",

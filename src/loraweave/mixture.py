@@ -94,10 +94,8 @@ class Mixture:
         self._kept: Tensor | None = None
         self._folded: folding.Folded | None = None
         self._doors: list[RemovableHandle] = []
-        self._stage: Stage | None = None
+        self._stage = Stage(model, anatomy.staging)
         try:
-            if anatomy.staging is not None:
-                self._stage = Stage(model, anatomy.staging)
             self._doors = open_doors(model, self._streams)
             self._install(policy)
         except BaseException:  # whatever it is, the model must not stay half attached
@@ -181,8 +179,7 @@ class Mixture:
         before, self._kept = self._kept, kept
         try:
             constants = [self._constant_weights(self._policy, site.plan) for site in self.sites]
-            if self._stage is not None:
-                self._stage.check(self._policy, self.experts, kept)
+            self._stage.check(self._policy, self.experts, kept)
         except LoraweaveError:
             self._kept = before
             raise
@@ -196,8 +193,7 @@ class Mixture:
             site.constant = weights
             for layer in site.layers:
                 layer.fix(None if site.driven else weights)
-        if self._stage is not None:
-            self._stage.set(self._policy, self.sites, self._kept)
+        self._stage.set(self._policy, self.sites, self._kept)
 
     def _constant_weights(self, policy: Policy, plan: SitePlan) -> Tensor | None:
         weights = policy.constant(plan)
@@ -299,8 +295,7 @@ class Mixture:
             door.remove()
         self._attachment.detach()
         self._attachment = None
-        if self._stage is not None:
-            self._stage.close()
+        self._stage.close()
         return self.model if self.pipeline is None else self.pipeline
 
     # ---------------------------------------------------------------- the policy's sites
@@ -309,8 +304,7 @@ class Mixture:
         """Put a policy's sites in the place of the present ones; whatever may fail is done first."""
         sites = self._build(policy)
         constants = [self._constant_weights(policy, site.plan) for site in sites]
-        if self._stage is not None:
-            self._stage.check(policy, self.experts, self._kept)
+        self._stage.check(policy, self.experts, self._kept)
         self._uninstall()
         self._policy, self.sites = policy, sites
         for site in sites:
@@ -343,7 +337,7 @@ class Mixture:
             )
             site = Site(plan, layers, self._streams[spec.name])
             site.gate = policy.gate(plan)
-            if site.gate is None and self._stage is None and policy.constant(plan) is None:
+            if site.gate is None and self._anatomy.staging is None and policy.constant(plan) is None:
                 raise LoraweaveError(
                     f"the method {policy.name!r} follows the steps of a denoising run; attach to a diffusers pipeline"
                 )
@@ -400,6 +394,6 @@ class Mixture:
 
     def __repr__(self) -> str:
         return (
-            f"Mixture({type(self.model).__name__}, experts=[{', '.join(self.experts)}], policy={self._policy!r}, "
-            f"sites={len(self.sites)})"
+            f"Mixture({type(self.pipeline or self.model).__name__}, experts=[{', '.join(self.experts)}], "
+            f"policy={self._policy!r}, sites={len(self.sites)})"
         )

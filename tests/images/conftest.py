@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pipes
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any, NamedTuple
 import pytest
 
 import loraweave as lw
-import pipes
 from loraweave.mixture import Mixture
 
 
@@ -22,15 +22,21 @@ class Set(NamedTuple):
     reference: Any
 
 
+def made(kind: str, folder: Path, *, text: bool) -> Set:
+    pipe = pipes.make(kind)
+    files = pipes.files(pipe, folder, text=text)
+    return Set(pipe, files, pipes.loaded(pipe, files))
+
+
 @pytest.fixture(scope="session")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Set]:
-    @cache
-    def made(kind: str) -> Set:
-        pipe = pipes.make(kind)
-        files = pipes.files(pipe, tmp_path_factory.mktemp(kind))
-        return Set(pipe, files, pipes.loaded(pipe, files))
+    return cache(lambda kind: made(kind, tmp_path_factory.mktemp(kind), text=True))
 
-    return made
+
+@pytest.fixture(scope="session")
+def textless(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Set]:
+    """The same with LoRAs that leave text encoders alone."""
+    return cache(lambda kind: made(kind, tmp_path_factory.mktemp(kind), text=False))
 
 
 @pytest.fixture

@@ -69,8 +69,8 @@ def t5_tokenizer() -> PreTrainedTokenizerFast:
 
 def vae(channels: int = 4) -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(4, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=channels, norm_num_groups=2, layers_per_block=1, sample_size=SIZE,
+        block_out_channels=(4, 8), norm_num_groups=2, layers_per_block=1, sample_size=SIZE, latent_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
     )  # fmt: skip
 
 
@@ -140,7 +140,8 @@ def targets(pipe: Any, endings: Sequence[str]) -> dict[str, nn.Module]:
     return {
         f"{name}.{path}": module
         for name, part in pipe.components.items()
-        if name in ("unet", "transformer") or (name.startswith("text_encoder") and type(part).__name__ != "T5EncoderModel")
+        if name in ("unet", "transformer")
+        or (name.startswith("text_encoder") and type(part).__name__ != "T5EncoderModel")
         if isinstance(part, nn.Module)
         for path, module in part.named_modules()
         if path.endswith(tuple(f".{ending}" for ending in endings))
@@ -163,7 +164,9 @@ def factors(modules: Mapping[str, nn.Module], seed: int, rank: int) -> dict[str,
 
 def write(path: Path, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> Path:
     """A LoRA file as diffusers saves them."""
-    sides = {f"{module}.lora_{side}.weight": t for module, ab in pairs.items() for side, t in zip("AB", ab, strict=True)}
+    sides = {
+        f"{module}.lora_{side}.weight": t for module, ab in pairs.items() for side, t in zip("AB", ab, strict=True)
+    }
     save_file({key: tensor.contiguous() for key, tensor in sides.items()}, path)
     return path
 
@@ -225,12 +228,64 @@ def denoiser(pipe: Any) -> str:
     return "unet" if hasattr(pipe, "unet") else "transformer"
 
 
+def start(rows: int = 1) -> Tensor:
+    """Latents to start from."""
+    return torch.randn(rows, 4, SIZE // 2, SIZE // 2, generator=torch.Generator().manual_seed(3)).double()
+
+
 def by_hand(
-    reference: Any, estimate: Callable[[Tensor, Any, int], Tensor], steps: int, latent: Tensor, scheduler: Any
+    reference: Any, names: Sequence[str], shares: Callable[[int], Mapping[str, float]], steps: int, guidance: float
 ) -> Tensor:
-    """A bare denoising loop: ``estimate(latents, timestep, evaluation) -> noise``."""
+    """The slow way: adapters swapped by hand, each with the prompt encoded under itself, and estimates averaged.
+
+    Args:
+        reference: a Stable Diffusion pipeline (1.5 or XL) with the adapters loaded by diffusers.
+        names: the adapters.
+        shares: number of the denoiser's evaluation, from 0 -> what each adapter's estimate counts; empty: bare model.
+        steps: of the run.
+        guidance: the scale; 1 for none.
+    """
+    told: dict[str, Any] = {}
+    for name in [*names, ""]:
+        choose(reference, name)
+        told[name] = conditions(reference, guidance)
+    scheduler = copy.deepcopy(reference.scheduler)
     scheduler.set_timesteps(steps)
-    latent = latent * scheduler.init_noise_sigma
+    latent = start() * scheduler.init_noise_sigma
     for n, t in enumerate(scheduler.timesteps):
-        latent = scheduler.step(estimate(scheduler.scale_model_input(latent, t), t, n), t, latent).prev_sample
+        seen = scheduler.scale_model_input(torch.cat([latent] * (2 if guidance > 1 else 1)), t)
+        total: Any = 0
+        for name, share in (shares(n) or {"": 1.0}).items():
+            choose(reference, name)
+            with torch.no_grad():
+                noise = reference.unet(seen, t, **told[name]).sample
+            if guidance > 1:
+                without, with_prompt = noise.chunk(2)
+                noise = without + guidance * (with_prompt - without)
+            total = total + share * noise
+        latent = scheduler.step(total, t, latent).prev_sample
     return latent
+
+
+def choose(reference: Any, name: str) -> None:
+    """Make one adapter the only one; no name: none."""
+    if name:
+        reference.enable_lora()
+        reference.set_adapters([name])
+    else:
+        reference.disable_lora()
+
+
+def conditions(reference: Any, guidance: float) -> dict[str, Any]:
+    """What the denoiser is told of the prompt under the present adapter."""
+    with torch.no_grad():
+        found = reference.encode_prompt(
+            PROMPT, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=guidance > 1
+        )
+    prompt, negative, *pooled = found
+    said = {"encoder_hidden_states": torch.cat([negative, prompt]) if guidance > 1 else prompt}
+    if pooled:
+        text = torch.cat([pooled[1], pooled[0]]) if guidance > 1 else pooled[0]
+        ids = torch.tensor([[SIZE, SIZE, 0, 0, SIZE, SIZE]]).double().expand(len(text), -1)
+        said["added_cond_kwargs"] = {"text_embeds": text, "time_ids": ids}
+    return said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pipes
 from typing import Any
 
 import pytest
@@ -9,7 +10,6 @@ import torch
 from torch.testing import assert_close
 
 import loraweave as lw
-import pipes
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 

@@ -76,9 +76,10 @@ def inspect_file(source: str, path: Path) -> ExpertReport:
         "unknown": f"{path}: holds no LoRA that is known here",
     }
     refused = refusals(header)
-    report.reason = reasons.get(kind) or (f"{path}: {refused[0]}" if refused else None)
-    report.mixable = report.reason is None
-    report.odd.extend(refused[1:] if report.reason == f"{path}: {refused[0] if refused else ''}" else refused)
+    if kind not in reasons and refused:
+        reasons[kind] = f"{path}: {refused.pop(0)}"
+    report.reason = reasons.get(kind)
+    report.mixable, report.odd = report.reason is None, refused
     if any(len(info.shape) == 4 for info in header.tensors.values()):
         report.odd.append("has LoRAs on convolutions")
     if down.keys() != up.keys():

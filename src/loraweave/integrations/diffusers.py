@@ -49,6 +49,24 @@ def is_pipeline(model: Any) -> bool:
     return isinstance(model, DiffusionPipeline)
 
 
+def load_pipeline(name: str, kind: str) -> Any:
+    """A pipeline by its class and its folder or hub id; only safetensors are read.
+
+    Raises:
+        LoraweaveError: there is no such class, or it cannot be loaded.
+    """
+    import diffusers
+
+    found = getattr(diffusers, kind, None)
+    if not (isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)):
+        raise LoraweaveError(f"{kind!r} is no pipeline class of diffusers {diffusers.__version__}; pass model=")
+    try:
+        return found.from_pretrained(name, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise LoraweaveError(f"pipeline {name!r}: cannot be loaded ({first})") from error
+
+
 def open_pipeline(pipe: Any, blocks: Iterable[str] | None = None) -> Host:
     """A pipeline's denoisers and text encoders, their streams, and where in a run a call is.
 

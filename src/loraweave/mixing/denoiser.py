@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from loraweave.errors import LoraweaveError
 from loraweave.mixing.stream import Arguments, Canvas
 from loraweave.mixing.types import Copies, Moment, Policy, Scheduled, Turns
-from loraweave.mixing.variants import BARE, Variants, join, pick
+from loraweave.mixing.variants import BARE, join, pick
 
 if TYPE_CHECKING:
     from loraweave.mixing.site import Site
@@ -46,11 +46,11 @@ class Stage:
 
     Args:
         model: the module that ``staging``'s paths start from.
-        staging: where the doors are.
+        staging: where the doors are; ``None`` for a model that is no part of a diffusion pipeline.
     """
 
-    def __init__(self, model: nn.Module, staging: Staging) -> None:
-        self.staging = staging
+    def __init__(self, model: nn.Module, staging: Staging | None) -> None:
+        self.staging = staging = staging or Staging((), (), _no_clock, _no_canvas)
         self.policy: Policy | None = None
         self.sites: tuple[Site, ...] = ()
         self.kept: Tensor | None = None
@@ -145,6 +145,14 @@ class Stage:
         for door in self.doors:
             door.remove()
         self.doors = []
+
+
+def _no_clock(_: Any) -> Moment:
+    raise LoraweaveError("this model is not called in denoising steps")
+
+
+def _no_canvas(_: nn.Module, __: Callable[[str], Any]) -> None:
+    """No picture."""
 
 
 def shares(policy: Copies, experts: Sequence[str], kept: Tensor | None) -> Tensor:
@@ -308,4 +316,6 @@ class EncoderDoor:
 
 
 def refuse_variants(tensor: Tensor) -> Tensor:
-    return pick(tensor, min(tensor.readings) - 1) if isinstance(tensor, Variants) else tensor
+    """The tensor, unless it holds readings of experts: nobody in particular is to read it now."""
+    nobody = BARE - 1
+    return pick(tensor, nobody)
