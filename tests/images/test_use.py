@@ -44,6 +44,40 @@ def test_pipelines_of_other_tasks_share_the_mixture(task: str, textless: Any, at
     assert_close(mixed(**call, generator=seed(1)).images, slow(**call, generator=seed(1)).images, **CLOSE)
 
 
+def test_controlnet_reads_the_prompt_as_each_expert_does(sets: Any, attach: Any) -> None:
+    """With one step of DDIM the picture is linear in the estimates, so pictures average as estimates do."""
+    pipe, files, _ = sets("sd15")
+    torch.manual_seed(5)
+    controlnet = diffusers.ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(4, 8)).double()
+    for parameter in controlnet.parameters():  # its outputs start at zero
+        if parameter.ndim > 1:
+            parameter.data.normal_(std=0.2)
+    parts = {name: part for name, part in pipe.components.items() if name != "image_encoder"}
+    guided = diffusers.StableDiffusionControlNetPipeline(
+        **parts, controlnet=controlnet, requires_safety_checker=False
+    )  # fmt: skip
+    guided.scheduler = diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)
+    guided.set_progress_bar_config(disable=True)
+    mixture = attach(guided, {name: files[name] for name in ("hero", "ink")}, lw.Composite())
+    options = {"image": picture(), "num_inference_steps": 1, "latents": pipes.start()}
+    both = pipes.latents(guided, **options)
+    alone = []
+    for name in ("hero", "ink"):
+        with mixture.only(name):
+            alone.append(pipes.latents(guided, **options))
+    assert_close(both, (alone[0] + alone[1]) / 2, **CLOSE)
+    assert (alone[0] - alone[1]).abs().max() > 0.05
+
+
+def test_fresh_gates_at_scale_n_equal_merge(sets: Any, attach: Any) -> None:
+    pipe, files, _ = sets("sd15")
+    mixture = attach(pipe, files, lw.Sum())
+    merged = pipes.latents(pipe)
+    for granularity in ("matrix", "block"):
+        mixture.policy = lw.MoLE(granularity=granularity)
+        assert_close(pipes.latents(pipe), merged, **CLOSE)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_batches_equal_single_pictures(method: str, sets: Any, attach: Any) -> None:
     pipe, files, _ = sets("sd15")

@@ -24,6 +24,7 @@ _TEXT = re.compile(
     r"\.(add_[qkv]_proj|to_add_out|ff_context|norm1_context|context_embedder|txt_in|caption_projection|text_embedder|"
     r"encoder_hid_proj)(\.|$)"
 )
+_STAGE = re.compile(r"(Up|Down|Mid)Block")
 _UNBATCHED = frozenset({"img_ids", "txt_ids", "image_rotary_emb"})
 _SCALES = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 
@@ -57,7 +58,7 @@ def load_pipeline(name: str, kind: str) -> Any:
     """
     import diffusers
 
-    found = getattr(diffusers, kind, None)
+    found: Any = getattr(diffusers, kind, None)
     if not (isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)):
         raise LoraweaveError(f"{kind!r} is no pipeline class of diffusers {diffusers.__version__}; pass model=")
     try:
@@ -76,7 +77,7 @@ def open_pipeline(pipe: Any, blocks: Iterable[str] | None = None) -> Host:
     from loraweave.integrations.diffusers_files import read_expert
 
     parts = {
-        # torch.compile wraps a whole model; experts go into the model itself, and its calls then run uncompiled.
+        # torch.compile wraps a whole model; experts go into the model itself.
         name: getattr(part, "_orig_mod", part)
         for name, part in pipe.components.items()
         if isinstance(part, nn.Module) and (_DENOISER.fullmatch(name) or _ENCODER.fullmatch(name))
@@ -87,6 +88,8 @@ def open_pipeline(pipe: Any, blocks: Iterable[str] | None = None) -> Host:
         raise LoraweaveError(f"{type(pipe).__name__}: has no unet and no transformer that experts could extend")
     module = Components(parts, getattr(pipe, "name_or_path", None) or None)
     classes = {c for part in parts.values() for c in getattr(part, "_no_split_modules", None) or ()}
+    # A UNet's stages hold many blocks, and register them in another order than they call them.
+    classes = {c for c in classes if not _STAGE.search(c)}
     found = find_blocks(module, sorted(classes)) if blocks is None else named_blocks(module, blocks)
     staging = Staging(denoisers, encoders, StepClock(pipe), canvas, _UNBATCHED, _SCALES)
     anatomy = Anatomy(

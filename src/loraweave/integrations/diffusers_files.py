@@ -77,6 +77,8 @@ def _file(path: Path) -> Path | None:
             raise pickle_refused(path)
         beside = path.name == WEIGHTS_NAME and (path.parent / CONFIG_NAME).is_file()
         return None if beside else path
+    if path.suffix == ".safetensors" and not path.exists():
+        raise LoraweaveError(f"{path}: no such file")
     if not path.is_dir() or (path / CONFIG_NAME).is_file():
         return None
     if (path / _WEIGHTS).is_file():
