@@ -58,11 +58,12 @@ def load_pipeline(name: str, kind: str) -> Any:
     """
     import diffusers
 
-    found: Any = getattr(diffusers, kind, None)
+    found = getattr(diffusers, kind, None)
     if not (isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)):
         raise LoraweaveError(f"{kind!r} is no pipeline class of diffusers {diffusers.__version__}; pass model=")
+    pipeline: Any = found
     try:
-        return found.from_pretrained(name, use_safetensors=True)
+        return pipeline.from_pretrained(name, use_safetensors=True)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise LoraweaveError(f"pipeline {name!r}: cannot be loaded ({first})") from error
