@@ -168,7 +168,9 @@ class StepClock:
 def _index(scheduler: Any, times: Tensor, t: float) -> int | None:
     """Where in the scheduler's timesteps ``t`` stands; some transformers are given it divided by 1000."""
     known = times.detach().float().cpu()
-    for value in (t, t * float(getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000))):
+    scaled = t * float(getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000))
+    # 1 may be the first of 1000 divided, or the very last; runs that begin with the last are rare.
+    for value in (scaled, t) if t <= 1 else (t,):
         # compared in half precision's steps: the timestep may have been cast on its way
         near = ((known - value).abs() <= 1e-2 + 4e-3 * abs(value)).nonzero().flatten()
         if len(near):
