@@ -50,6 +50,8 @@ ROUTED: dict[str, Any] = {
     "logo-block": lw.LoGo(granularity="block"),
 }
 METHODS = CONSTANT | GATED | STATIC | ROUTED
+# These follow a denoising run; tests/images holds them to the same.
+PICTURES = {"switch", "composite", "regional"}
 # Decoder-only models alone have a prompt of their own.
 PROMPT = {"mole-prompt": lw.MoLE(pooling="prompt", granularity="network")}
 # Where a token's weights never depend on later tokens, or on tokens at all.

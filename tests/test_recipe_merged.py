@@ -12,8 +12,8 @@ import yaml
 import loraweave as lw
 from loraweave.recipe import Recipe, load_recipe
 
-BOTH = {"method": "ties", "experts": {"a": "zoo:notice", "b": "zoo:label"}, "density": 0.3, "weights": {"a": 0.5}}
-LESS = {"arithmetic": "a - 0.4*b", "experts": {"a": "zoo:notice", "b": "zoo:label"}, "space": "factors"}
+BOTH = {"method": "ties", "experts": {"a": "zoo:notice", "b": "zoo:polite"}, "density": 0.3, "weights": {"a": 0.5}}
+LESS = {"arithmetic": "a - 0.4*b", "experts": {"a": "zoo:notice", "b": "zoo:polite"}, "space": "factors"}
 CONTENT: dict[str, Any] = {
     "base": "zoo",
     "experts": {"days": "zoo:days_before"},
@@ -33,7 +33,7 @@ def test_merged_experts_follow_the_others(tmp_path: Path) -> None:
     sources = recipe.sources()
     assert list(sources) == recipe.names
     assert sources["days"] == "zoo:days_before"
-    zoo = {"a": "zoo:notice", "b": "zoo:label"}
+    zoo = {"a": "zoo:notice", "b": "zoo:polite"}
     for name, expected in (
         ("both", lw.merge(zoo, "ties", density=0.3, weights={"a": 0.5})),
         ("less", lw.arithmetic("a - 0.4*b", zoo, space="factors")),
@@ -45,7 +45,7 @@ def test_merged_experts_follow_the_others(tmp_path: Path) -> None:
 
 
 def test_a_recipe_of_merged_experts_alone(tmp_path: Path) -> None:
-    tasks = {"both": {"test": "zoo:record/notice"}, "other": {"test": "zoo:record/label", "expert": "less"}}
+    tasks = {"both": {"test": "zoo:record/notice"}, "other": {"test": "zoo:record/polite", "expert": "less"}}
     recipe = load_recipe(written(tmp_path, experts={}, data={"tasks": tasks}))
     assert recipe.own_tasks() == {"both": "both", "other": "less"}
     assert Recipe.model_validate(recipe.to_dict()) == recipe

@@ -25,7 +25,6 @@ TASKS = {
     "restaurant": ("rnnlg/restaurant", "bleu"),
     "tv": ("rnnlg/tv", "bleu"),
     "e2e": ("e2e", "bleu"),
-    "hans": ("hans_regen", "accuracy"),
 }
 
 

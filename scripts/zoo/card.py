@@ -14,7 +14,6 @@ from loraweave.zoo import tasks
 _SOURCES = {
     "base": "e-SNLI, part of its development set | CC BY-SA 4.0 (copy: MIT) | Bowman et al. 2015; Camburu et al. 2018",
     "e2e": "E2E NLG Challenge | CC BY-SA 4.0 | Novikova et al. 2017, tuetschek/e2e-dataset",
-    "hans": "HANS templates, drawn afresh | MIT | McCoy et al. 2019, tommccoy1/hans",
     "hotel": "RNNLG | Apache-2.0 | Wen et al. 2015, shawnwun/RNNLG",
     "restaurant": "RNNLG | Apache-2.0 | Wen et al. 2015, shawnwun/RNNLG",
     "tv": "RNNLG | Apache-2.0 | Wen et al. 2015, shawnwun/RNNLG",

@@ -71,7 +71,5 @@ LORAS = (
     Lora("restaurant", "data:rnnlg/restaurant", **_REAL, floor=32.5, metric="bleu", licence=_APACHE, source=_RNNLG),
     Lora("tv", "data:rnnlg/tv", **(_REAL | {"steps": 1300}), floor=29.4, metric="bleu", licence=_APACHE, source=_RNNLG),
     Lora("e2e", "data:e2e", **_REAL, floor=46.3, metric="bleu", licence="CC BY-SA 4.0", source=_E2E),
-    Lora("hans", "data:hans_regen", **(_REAL | {"steps": 1100, "batch_tokens": 1500}), floor=79.7, metric="accuracy",
-         licence="MIT", source="McCoy et al., HANS templates drawn afresh, tommccoy1/hans@7299f6f657"),
 )  # fmt: skip
 """The LoRAs that ship."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from loraweave.experts.writer import write_expert
     from loraweave.mixture import Mixture, attach
     from loraweave.persistence import load
-    from loraweave.policies import CAT, Arrow, Linear, LoGo, LoRAFlow, LoRAHub, MoLE, Sum
+    from loraweave.policies import CAT, Arrow, Composite, Linear, LoGo, LoRAFlow, LoRAHub, MoLE, Regional, Sum, Switch
     from loraweave.training.search import SearchResult, search
     from loraweave.training.train import TrainingResult, train
     from loraweave.training.trainer import GateTrainer
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Arrow": "policies",
     "CAT": "policies",
+    "Composite": "policies",
     "Expert": "experts.types",
     "ExpertReport": "experts.inspection",
     "GateTrainer": "training.trainer",
@@ -45,8 +46,10 @@ _HOME = {
     "LoraweaveWarning": "errors",
     "MoLE": "policies",
     "Mixture": "mixture",
+    "Regional": "policies",
     "SearchResult": "training.search",
     "Sum": "policies",
+    "Switch": "policies",
     "TrainingResult": "training.train",
     "arithmetic": "transforms.merge",
     "attach": "mixture",
@@ -62,6 +65,7 @@ _HOME = {
 __all__ = [
     "CAT",
     "Arrow",
+    "Composite",
     "Expert",
     "ExpertReport",
     "GateTrainer",
@@ -74,8 +78,10 @@ __all__ = [
     "LoraweaveWarning",
     "Mixture",
     "MoLE",
+    "Regional",
     "SearchResult",
     "Sum",
+    "Switch",
     "TrainingResult",
     "__version__",
     "arithmetic",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +15,12 @@ from torch.utils.hooks import RemovableHandle
 from loraweave.errors import LoraweaveError, unknown
 from loraweave.experts.resolve import resolve_experts
 from loraweave.experts.types import Expert
-from loraweave.integrations.transformers import anatomy as read_anatomy
+from loraweave.integrations.host import open_host
 from loraweave.mixing import numerics
 from loraweave.mixing.anatomy import Anatomy
 from loraweave.mixing.attach import Attachment, attach_layers, features
 from loraweave.mixing.blocks import BlockMixer
+from loraweave.mixing.denoiser import Stage
 from loraweave.mixing.layer import MixingLayer
 from loraweave.mixing.record import Record
 from loraweave.mixing.site import Site, group
@@ -31,7 +33,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def attach(
-    model: nn.Module,
+    model: Any,
     experts: Mapping[str, Source] | Sequence[Source],
     policy: Policy | None = None,
     *,
@@ -43,24 +45,25 @@ def attach(
     requiring gradients until :meth:`Mixture.detach`, which restores it exactly.
 
     Args:
-        model: any transformers model (other modules work where their parts are called in the order of registration).
+        model: any transformers model (other modules work where their parts are called in the order of registration), or
+            a diffusers pipeline, whose denoiser and text encoders are extended.
         experts: name -> PEFT folder, hub id, or :class:`Expert`, in the order in which the mixture keeps them; of a
-            plain sequence the folders' names are taken.
-        policy: how to mix; default: ``MoLE()`` with fresh gates.
+            plain sequence the folders' names are taken. For a pipeline also ``.safetensors`` files as they circulate.
+        policy: how to mix; default: ``MoLE()`` with fresh gates, for a pipeline ``Sum()``.
         blocks: class names or module paths to take as blocks, where the model's own division does not suit.
 
     Raises:
         LoraweaveError: an expert cannot be read or does not fit this model, or something is attached already.
     """
-    if policy is None:
-        from loraweave.policies import MoLE
-
-        policy = MoLE()
-    read = resolve_experts(experts)
     named = None if blocks is None else tuple(blocks)
-    body = read_anatomy(model, named)
-    mixture = Mixture(model, read, attach_layers(model, read), body, policy)
-    mixture.blocks = named
+    host = open_host(model, named)
+    if policy is None:
+        from loraweave.policies import MoLE, Sum
+
+        policy = MoLE() if host.pipeline is None else Sum()
+    read = resolve_experts(experts, host.read)
+    mixture = Mixture(host.module, read, attach_layers(host.module, read), host.anatomy, policy)
+    mixture.blocks, mixture.pipeline = named, host.pipeline
     return mixture
 
 
@@ -68,21 +71,21 @@ class Mixture:
     """Trained LoRAs attached to one model and mixed by a policy.
 
     Attributes:
-        model: the model they are attached to, which stays the interface.
+        model: the model they are attached to, which stays the interface; of a pipeline, its models by their names.
+        pipeline: the diffusers pipeline they are attached to, if it is one.
         sources: the experts, without their weights, in order.
         sites: the gate sites of the current policy.
         blocks: what was given as blocks; ``None`` for the model's own division.
     """
 
     blocks: tuple[str, ...] | None = None
+    pipeline: Any = None
 
     def __init__(
         self, model: nn.Module, experts: Sequence[Expert], attachment: Attachment, anatomy: Anatomy, policy: Policy
     ) -> None:
         self.model = model
-        self.sources = tuple(
-            Expert(e.name, {}, source=e.source, sha256=e.sha256, base=e.base, revision=e.revision) for e in experts
-        )
+        self.sources = tuple(dataclasses.replace(e, factors={}) for e in experts)
         self.sites: tuple[Site, ...] = ()
         self._attachment: Attachment | None = attachment
         self._anatomy = anatomy
@@ -91,6 +94,7 @@ class Mixture:
         self._kept: Tensor | None = None
         self._folded: folding.Folded | None = None
         self._doors: list[RemovableHandle] = []
+        self._stage = Stage(model, anatomy.staging)
         try:
             self._doors = open_doors(model, self._streams)
             self._install(policy)
@@ -185,6 +189,7 @@ class Mixture:
         before, self._kept = self._kept, kept
         try:
             constants = [self._constant_weights(self._policy, site.plan) for site in self.sites]
+            self._stage.check(self._policy, self.experts, kept)
         except LoraweaveError:
             self._kept = before
             raise
@@ -199,6 +204,7 @@ class Mixture:
             site.constant = weights
             for layer in site.layers:
                 layer.fix(None if site.driven else weights)
+        self._stage.set(self._policy, self.sites, self._kept)
 
     def _constant_weights(self, policy: Policy, plan: SitePlan) -> Tensor | None:
         weights = policy.constant(plan)
@@ -288,8 +294,8 @@ class Mixture:
 
         return persistence.push(self, repo_id, copy_experts=copy_experts, private=private, api=api)
 
-    def detach(self) -> nn.Module:
-        """Take the mixture out; the model is exactly what it was before. Returns it."""
+    def detach(self) -> Any:
+        """Take the mixture out; the model or pipeline is exactly what it was before. Returns it."""
         if self._attachment is None:
             raise LoraweaveError("this mixture is detached already")
         if self._folded is not None:
@@ -300,7 +306,8 @@ class Mixture:
             door.remove()
         self._attachment.detach()
         self._attachment = None
-        return self.model
+        self._stage.close()
+        return self.model if self.pipeline is None else self.pipeline
 
     # ---------------------------------------------------------------- the policy's sites
 
@@ -308,6 +315,7 @@ class Mixture:
         """Put a policy's sites in the place of the present ones; whatever may fail is done first."""
         sites = self._build(policy)
         constants = [self._constant_weights(policy, site.plan) for site in sites]
+        self._stage.check(policy, self.experts, self._kept)
         self._uninstall()
         self._policy, self.sites = policy, sites
         for site in sites:
@@ -337,9 +345,14 @@ class Mixture:
                 experts=self.experts,
                 width=self._anatomy.width,
                 ahead=any(place.stream != members[0].stream for place in members),
+                spatial=spec.spatial,
             )
             site = Site(plan, layers, self._streams[spec.name])
             site.gate = policy.gate(plan)
+            if site.gate is None and self._anatomy.staging is None and policy.constant(plan) is None:
+                raise LoraweaveError(
+                    f"the method {policy.name!r} follows the steps of a denoising run; attach to a diffusers pipeline"
+                )
             sites.append(site)
         check = getattr(policy, "check", None)
         if check is not None:
@@ -396,6 +409,6 @@ class Mixture:
 
     def __repr__(self) -> str:
         return (
-            f"Mixture({type(self.model).__name__}, experts=[{', '.join(self.experts)}], policy={self._policy!r}, "
-            f"sites={len(self.sites)})"
+            f"Mixture({type(self.pipeline or self.model).__name__}, experts=[{', '.join(self.experts)}], "
+            f"policy={self._policy!r}, sites={len(self.sites)})"
         )

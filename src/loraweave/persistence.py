@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from loraweave.errors import LoraweaveError, unknown
-from loraweave.experts.resolve import resolve_expert
+from loraweave.experts.resolve import Reader, resolve_expert
 from loraweave.experts.types import Expert
 from loraweave.files import atomic_path, replace_folder_atomic, write_json_atomic, write_text_atomic
+from loraweave.integrations.host import open_host
 from loraweave.policies import registry
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def save(
         if gates:
             with atomic_path(out / GATES) as path:
                 save_file(gates, path, metadata={"format": "pt"})
-        described = describe(mixture) | {"experts": sources, "recipe": recipe}
+        described = _writable(describe(mixture) | {"experts": sources, "recipe": recipe})
         write_text_atomic(out / CARD, card(mixture, results))
         write_json_atomic(out / MIXTURE, described)
     return target
@@ -79,21 +80,32 @@ def describe(mixture: Mixture) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "loraweave": __version__,
-        "base": {"id": "zoo" if bundled else name, "class": type(model).__name__},
+        "base": {"id": "zoo" if bundled else name, "class": type(mixture.pipeline or model).__name__},
         "method": registry.to_dict(mixture.policy),
         "blocks": None if mixture.blocks is None else list(mixture.blocks),
         "experts": [],
     }
 
 
-def load(
-    folder: str | Path, model: nn.Module | None = None, *, allow_changed: bool = False, revision: str | None = None
-) -> Mixture:
+def _writable(described: dict[str, Any]) -> dict[str, Any]:
+    """What ``mixture.json`` shall say, or an error if some option of the method cannot be written there."""
+    for option, value in described["method"].items():
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise LoraweaveError(
+                f"method {described['method']['name']!r}: option {option!r} cannot be saved ({error}); give numbers, "
+                "texts, boxes or paths of pictures instead of arrays"
+            ) from error
+    return described
+
+
+def load(folder: str | Path, model: Any = None, *, allow_changed: bool = False, revision: str | None = None) -> Mixture:
     """Load a saved mixture and attach it.
 
     Args:
         folder: a folder written by :meth:`Mixture.save_pretrained`, or a hub id.
-        model: the base model; default: loaded from where it came from when the mixture was saved.
+        model: the base model or pipeline; default: loaded from where it came from when the mixture was saved.
         allow_changed: load although an expert's file is not the one the gates were trained with.
         revision: of a hub id.
 
@@ -105,8 +117,9 @@ def load(
     place = _local(folder, revision)
     saved = _read_json(place / MIXTURE)
     policy = registry.from_dict(_field(saved, "method", dict, place))
-    experts = [_load_expert(entry, place, allow_changed) for entry in _field(saved, "experts", list, place)]
     base = model if model is not None else _load_base(_field(saved, "base", dict, place), place)
+    read = open_host(base).read
+    experts = [_load_expert(entry, place, allow_changed, read) for entry in _field(saved, "experts", list, place)]
     blocks = None if saved.get("blocks") is None else _field(saved, "blocks", list, place)
     mixture = attach(base, {expert.name: expert for expert in experts}, policy, blocks=blocks)
     try:
@@ -171,7 +184,7 @@ def push(mixture: Mixture, repo_id: str, *, copy_experts: bool, private: bool, a
 
 def card(mixture: Mixture, results: Mapping[str, Any] | None = None) -> str:
     """The README of a saved mixture."""
-    base = getattr(mixture.model, "name_or_path", "") or type(mixture.model).__name__
+    base = getattr(mixture.model, "name_or_path", "") or type(mixture.pipeline or mixture.model).__name__
     lines = [
         "---",
         "library_name: loraweave",
@@ -230,7 +243,7 @@ def _copy_experts(mixture: Mixture, out: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _load_expert(entry: Any, place: Path, allow_changed: bool) -> Expert:
+def _load_expert(entry: Any, place: Path, allow_changed: bool, read: Reader | None) -> Expert:
     path = place / MIXTURE
     if not isinstance(entry, Mapping) or not all(isinstance(entry.get(k), str) for k in ("name", "source", "sha256")):
         raise LoraweaveError(f"{path}: experts: expected objects with the texts name, source and sha256, got {entry!r}")
@@ -246,7 +259,7 @@ def _load_expert(entry: Any, place: Path, allow_changed: bool) -> Expert:
         source = str(inside)
     elif entry.get("revision") and not Path(source).exists() and "@" not in source:
         source = f"{source}@{entry['revision']}"
-    expert = resolve_expert(source, name)
+    expert = resolve_expert(source, name, read)
     if expert.sha256 != entry["sha256"] and not allow_changed:
         raise LoraweaveError(
             f"expert {name!r} ({entry['source']}) has changed since the mixture was saved: its sha256 starts with "
@@ -303,12 +316,16 @@ def _field(saved: Mapping[str, Any], name: str, kind: type, place: Path) -> Any:
     return value
 
 
-def _load_base(base: Mapping[str, Any], place: Path) -> nn.Module:
+def _load_base(base: Mapping[str, Any], place: Path) -> Any:
     import transformers
 
     name, kind = base.get("id"), base.get("class")
     if not isinstance(name, str) or not name:
         raise LoraweaveError(f"{place / MIXTURE}: it does not say where its base model is; pass model=")
+    if isinstance(kind, str) and kind.endswith("Pipeline"):
+        from loraweave.integrations.diffusers import load_pipeline
+
+        return load_pipeline(name, kind)
     found = getattr(transformers, kind, None) if isinstance(kind, str) else None
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         known: Sequence[str] = [n for n in dir(transformers) if n.startswith(("AutoModel", "T5For", "LlamaFor"))]

@@ -79,6 +79,12 @@ def _show(reports: Sequence[ExpertReport]) -> None:
     console.print(table)
     for report in reports:
         notes = ([f"cannot be mixed: {report.reason}"] if report.reason else []) + report.odd
+        if report.architecture:
+            notes.append(f"looks made for {report.architecture}")
+        if report.text_encoder_share:
+            notes.append(f"{report.text_encoder_share:.0%} of it extends text encoders")
+        if report.triggers:
+            notes.append(f"called up by: {', '.join(report.triggers)}")
         if notes:
             console.print(Text(report.source, style="bold"))
             for note in notes:

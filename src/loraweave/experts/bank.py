@@ -74,7 +74,8 @@ class Bank(nn.Module):
     """The experts of one module, stacked in the mixture's order.
 
     Attributes:
-        A: ``[R, in]``, every expert's ``A_i`` below one another (``R`` = sum of ranks).
+        A: ``[R, in]``, every expert's ``A_i`` below one another (``R`` = sum of ranks); of a convolution
+            ``[R, in, kh, kw]``.
         Bt: ``[R, out]``, every expert's ``B_i`` transposed, so that one expert is a contiguous slice of rows.
         layout: which rows belong to which expert, and the scales.
         embedding: whether ``A`` is looked up by token number rather than multiplied.
@@ -96,7 +97,7 @@ class Bank(nn.Module):
         present = [f for f in factors if f is not None]
         ranks = tuple(0 if f is None else f.rank for f in factors)
         scales = tuple(0.0 if f is None else float(f.scale) for f in factors)
-        A = torch.empty(sum(ranks), present[0].A.shape[1], dtype=dtype, device=device)
+        A = torch.empty(sum(ranks), *present[0].A.shape[1:], dtype=dtype, device=device)
         Bt = torch.empty(sum(ranks), present[0].B.shape[0], dtype=dtype, device=device)
         start = 0
         for f in present:
@@ -114,6 +115,10 @@ class Bank(nn.Module):
         return LoraFactors(self.A[rows], self.Bt[rows].T, self.layout.scales[expert], self.embedding)
 
     def delta(self, weights: Tensor) -> Tensor:
-        """``[out, in]``: the dense update ``sum_i g_i s_i B_i A_i`` for constant mixing weights ``[E]``."""
+        """``[out, in]``: the dense update ``sum_i g_i s_i B_i A_i`` for constant mixing weights ``[E]``.
+
+        Of a convolution ``[out, in, kh, kw]``.
+        """
         rows = self.layout.row_weights(weights).to(self.A.device).unsqueeze(1)
-        return self.Bt.double().T @ (rows * self.A.double())
+        delta = self.Bt.double().T @ (rows * self.A.double().flatten(1))
+        return delta.view(-1, *self.A.shape[1:])

@@ -60,17 +60,22 @@ def _shape_problem(config: AdapterConfig, header: Header, table: KeyTable, modul
                 f"tensor {key!r} has dtype {info.dtype}; expected one of {', '.join(MIXABLE_DTYPES)}: "
                 "convert it and save the file again"
             )
-        if len(info.shape) in (3, 4, 5):
+        if len(info.shape) in (3, 5):
             return (
-                f"tensor {key!r} has shape {list(info.shape)}, of a convolution; LoRAs on convolutions are not "
-                "supported for language models"
+                f"tensor {key!r} has shape {list(info.shape)}, of a convolution; LoRAs on one- and three-dimensional "
+                "convolutions are not supported"
             )
-        if len(info.shape) != 2 or 0 in info.shape:
+        if len(info.shape) not in (2, 4) or 0 in info.shape:
             return (
-                f"tensor {key!r} has shape {list(info.shape)}; expected two dimensions, none of them 0 (shards that "
-                "were not gathered before saving look like this)"
+                f"tensor {key!r} has shape {list(info.shape)}; expected two dimensions, four of a convolution, none "
+                "of them 0 (shards that were not gathered before saving look like this)"
             )
     a, b = header.tensors[keys.A].shape, header.tensors[keys.B].shape
+    if len(a) != len(b) or (len(b) == 4 and b[2:] != (1, 1)):
+        return (
+            f"tensors {keys.A!r} {list(a)} and {keys.B!r} {list(b)} do not fit; expected [rank, in, h, w] and "
+            "[out, rank, 1, 1]"
+        )
     if a[0] != b[1]:
         return f"tensors {keys.A!r} {list(a)} and {keys.B!r} {list(b)} do not fit; expected [rank, in] and [out, rank]"
     if config.rank is not None and config.rank_of(module) != a[0]:

@@ -109,7 +109,7 @@ def _factors(
     factors = {}
     for module, keys in table.modules.items():
         a, b = tensors[str(keys.A)], tensors[str(keys.B)]
-        factors[module] = LoraFactors(a, b, config.scale_of(module, a.shape[0]), keys.embedding)
+        factors[module] = LoraFactors(a, b.flatten(1), config.scale_of(module, a.shape[0]), keys.embedding)
     return factors
 
 

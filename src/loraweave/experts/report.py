@@ -29,6 +29,10 @@ class ExpertReport:
         size: of the weight file, in bytes.
         sha256: as in :class:`~loraweave.experts.types.Expert`; of the one file where there is no configuration.
         metadata: what the weight file's header says of itself, shortened.
+        architecture: the kind of image model it was made for, guessed from names and shapes; ``None`` if unknown.
+        triggers: words that call it up, as far as the header tells.
+        text_encoder_share: part of its parameters that extends text encoders.
+        matched, unmatched: how many tensors fitted the pipeline it was read for, and the names of the others.
         odd: what is unusual, one sentence each.
         mixable: whether a mixture can hold it.
         reason: why not.
@@ -52,6 +56,11 @@ class ExpertReport:
     size: int = 0
     sha256: str = ""
     metadata: dict[str, str] = field(default_factory=dict)
+    architecture: str | None = None
+    triggers: list[str] = field(default_factory=list)
+    text_encoder_share: float | None = None
+    matched: int | None = None
+    unmatched: list[str] = field(default_factory=list)
     odd: list[str] = field(default_factory=list)
     mixable: bool = False
     reason: str | None = None

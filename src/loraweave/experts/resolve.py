@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from loraweave.errors import LoraweaveError, unknown
@@ -14,8 +14,17 @@ from loraweave.experts.types import Expert
 _NAME = re.compile(r"[\w][\w .+-]*")
 
 
-def resolve_experts(experts: Mapping[str, str | Path | Expert] | Sequence[str | Path | Expert]) -> list[Expert]:
+Reader = Callable[[str | Path, str], Expert]
+
+
+def resolve_experts(
+    experts: Mapping[str, str | Path | Expert] | Sequence[str | Path | Expert], read: Reader | None = None
+) -> list[Expert]:
     """Read all experts, in order.
+
+    Args:
+        experts: names and sources, or sources alone.
+        read: reads the files of one, where others than PEFT folders shall do: source, name -> expert.
 
     Raises:
         LoraweaveError: none given, a name that is taken or unusable, or a source that cannot be read.
@@ -25,10 +34,10 @@ def resolve_experts(experts: Mapping[str, str | Path | Expert] | Sequence[str | 
     named = dict(experts) if isinstance(experts, Mapping) else _by_folder(experts)
     if not named:
         raise LoraweaveError("experts: expected at least one, got none")
-    return [resolve_expert(source, name) for name, source in named.items()]
+    return [resolve_expert(source, name, read) for name, source in named.items()]
 
 
-def resolve_expert(source: str | Path | Expert, name: str) -> Expert:
+def resolve_expert(source: str | Path | Expert, name: str, read: Reader | None = None) -> Expert:
     """Read one expert under ``name``; ``zoo:NAME`` is a bundled one."""
     if not _NAME.fullmatch(name):
         raise LoraweaveError(f"expert name {name!r}: use letters, digits, '_', '-', '.', '+' and spaces")
@@ -43,13 +52,14 @@ def resolve_expert(source: str | Path | Expert, name: str) -> Expert:
         if source[4:] not in bundled:
             raise unknown("bundled expert", source[4:], bundled)
         return dataclasses.replace(read_expert(bundled[source[4:]], name), source=source)
-    return read_expert(source, name)
+    return (read or read_expert)(source, name)
 
 
 def _by_folder(sources: Sequence[str | Path | Expert]) -> dict[str, str | Path | Expert]:
     named: dict[str, str | Path | Expert] = {}
     for source in sources:
         name = source.name if isinstance(source, Expert) else str(source).rstrip("/").split("/")[-1].split(":")[-1]
+        name = name.removesuffix(".safetensors")
         if name in named:
             raise LoraweaveError(f"two experts would be called {name!r}; give names: {{'a': {source!r}, ...}}")
         named[name] = source

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from loraweave.experts.config import CONFIG_NAME
@@ -20,6 +22,20 @@ _CONVENTIONS = (
 """Tried in this order: a kohya file for a Flux model may also have names that begin with ``transformer``."""
 _DOWN = re.compile(r"(?P<module>.+?)[._](lora_down|lora_A|lora\.down|lora_linear_layer\.down|down)(\.[^.]+)?\.weight$")
 _UP = re.compile(r"(?P<module>.+?)[._](lora_up|lora_B|lora\.up|lora_linear_layer\.up|up)(\.[^.]+)?\.weight$")
+_LYCORIS = {
+    "hada_w": "LoHa", "lokr_w": "LoKr", "oft_": "OFT", "glora": "GLoRA", "diff": "full difference",
+    "lora_mid": "LoCon with a third factor (Tucker)",
+}  # fmt: skip
+_TEXT_ENCODER = re.compile(r"lora_te\d?_|text_encoder(_\d)?\.")
+_ARCHITECTURES = (
+    ("Flux", re.compile(r"double_blocks|single_blocks|single_transformer_blocks")),
+    ("SD3", re.compile(r"joint_blocks|transformer_blocks[._]\d+[._]attn[._]add_[qkv]_proj")),
+    ("SDXL", re.compile(r"lora_te2_|text_encoder_2\.|add_embedding|label_emb")),
+)
+_PROMPT_WIDTH = re.compile(
+    r"attn2[._](processor[._])?to_[kv](_lora)?\.(lora_down|lora_A|down|lora\.down)(\.[^.]+)?\.weight$"
+)
+_WIDTHS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
 _BASE_FIELDS = ("modelspec.architecture", "ss_base_model_version", "ss_sd_model_name", "base_model")
 
 
@@ -52,12 +68,18 @@ def inspect_file(source: str, path: Path) -> ExpertReport:
         sha256=hash_files([path]),
         metadata=shortened(header.metadata),
     )
-    report.reason = {
+    text = [key for key in [*down.values(), *up.values()] if _TEXT_ENCODER.match(key)]
+    report.text_encoder_share = sum(header.tensors[key].count for key in text) / max(report.parameters, 1)
+    report.architecture, report.triggers = architecture(header), triggers(header.metadata)
+    reasons = {
         "peft": f"{path}: has no {CONFIG_NAME} beside it, so its alpha is unknown; put both files in one folder",
         "unknown": f"{path}: holds no LoRA that is known here",
-    }.get(kind, f"{path}: is an image LoRA ({kind} names); only PEFT folders can be mixed so far")
-    if any("lora_magnitude_vector" in key or "dora_scale" in key for key in header.tensors):
-        report.odd.append("DoRA: cannot be mixed")
+    }
+    refused = refusals(header)
+    if kind not in reasons and refused:
+        reasons[kind] = f"{path}: {refused.pop(0)}"
+    report.reason = reasons.get(kind)
+    report.mixable, report.odd = report.reason is None, refused
     if any(len(info.shape) == 4 for info in header.tensors.values()):
         report.odd.append("has LoRAs on convolutions")
     if down.keys() != up.keys():
@@ -67,6 +89,51 @@ def inspect_file(source: str, path: Path) -> ExpertReport:
     if len(report.dtypes) > 1:
         report.odd.append(f"mixed dtypes: {', '.join(report.dtypes)}")
     return report
+
+
+def refusals(header: Header) -> list[str]:
+    """Why an image LoRA cannot be mixed, as far as its names tell; empty if it can."""
+    names = header.tensors
+    reasons = []
+    if any("lora_magnitude_vector" in key or "dora_scale" in key for key in names):
+        reasons.append("DoRA is not additive (it rescales the base weight), so it cannot be mixed; train without it")
+    if convention(names) == "lycoris":
+        kinds = {match[1] for key in names if (match := _CONVENTIONS[0][1].search(key))}
+        known = sorted({title for mark, title in _LYCORIS.items() if any(kind.startswith(mark) for kind in kinds)})
+        reasons.append(
+            f"is a {' and '.join(known)}, not a plain LoRA, so it cannot be mixed; convert it to LoRA (LyCORIS "
+            "has tools for that), or train one"
+        )
+    return reasons
+
+
+def architecture(header: Header) -> str | None:
+    """The kind of image model a file was made for, from the names of its tensors and the width of its prompts."""
+    names = list(header.tensors)
+    for guess, pattern in _ARCHITECTURES:
+        if any(pattern.search(name) for name in names):
+            return guess
+    for name in names:
+        if _PROMPT_WIDTH.search(name) and len(shape := header.tensors[name].shape) >= 2:
+            return _WIDTHS.get(shape[1])
+    return None
+
+
+def triggers(metadata: Mapping[str, str], limit: int = 5) -> list[str]:
+    """Words that call a LoRA up: its author's, or the commonest tags of its training pictures."""
+    phrase = metadata.get("modelspec.trigger_phrase") or metadata.get("trigger_words")
+    if phrase:
+        return [word.strip() for word in phrase.split(",") if word.strip()][:limit]
+    try:
+        tables = json.loads(metadata.get("ss_tag_frequency", "{}"))
+    except (ValueError, RecursionError):
+        return []  # somebody else's free text; without it there is simply nothing to tell
+    counts: Counter[str] = Counter()
+    for table in tables.values() if isinstance(tables, dict) else ():
+        for tag, count in table.items() if isinstance(table, dict) else ():
+            if isinstance(count, int):
+                counts[tag.strip()] += count
+    return [tag for tag, _ in counts.most_common(limit)]
 
 
 def convention(names: Iterable[str]) -> str:

@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from loraweave.experts.report import ExpertReport
+
 
 @dataclass(frozen=True, slots=True)
 class LoraFactors:
     """The LoRA of one module: ``delta(x) = scale * B A x``.
 
     Attributes:
-        A: ``[rank, in]`` (for an embedding, ``in`` is the number of entries).
+        A: ``[rank, in]`` (for an embedding, ``in`` is the number of entries; of a convolution ``[rank, in, kh, kw]``).
         B: ``[out, rank]``.
         scale: ``alpha / rank``, or ``alpha / sqrt(rank)`` for rank-stabilised LoRA.
         embedding: whether the module is an embedding, looked up rather than multiplied.
@@ -40,6 +42,7 @@ class Expert:
         sha256: hash of the weight file followed by its configuration; tells whether an expert changed since.
         base: the base model its author named, if any.
         revision: the hub commit it was read at, if it came from the hub.
+        report: what reading it for a pipeline showed; ``None`` for other experts.
     """
 
     name: str
@@ -48,3 +51,4 @@ class Expert:
     sha256: str = ""
     base: str | None = None
     revision: str | None = None
+    report: ExpertReport | None = field(default=None, repr=False, compare=False)

@@ -59,7 +59,8 @@ def write_expert(
         names = ("lora_embedding_A", "lora_embedding_B") if factor.embedding else ("lora_A.weight", "lora_B.weight")
         for name, tensor in zip(names, (factor.A, factor.B), strict=True):
             # safetensors refuses views and tensors that share memory
-            tensors[f"base_model.model.{module}.{name}"] = tensor.detach().cpu().contiguous().clone()
+            stored = tensor[:, :, None, None] if factor.A.ndim == 4 and tensor.ndim == 2 else tensor
+            tensors[f"base_model.model.{module}.{name}"] = stored.detach().cpu().contiguous().clone()
     config = json.dumps(peft_config(factors, base=base, task_type=task_type), indent=2)
     try:
         partial.mkdir(parents=True)
@@ -135,7 +136,7 @@ def _check_factors(factors: Mapping[str, LoraFactors], folder: Path) -> None:
     if not factors:
         raise LoraweaveError(f"{folder}: the expert has no LoRA in any module; there is nothing to write")
     for module, factor in factors.items():
-        if factor.A.ndim != 2 or factor.B.ndim != 2 or factor.A.shape[0] != factor.B.shape[1]:
+        if factor.A.ndim not in (2, 4) or factor.B.ndim != 2 or factor.A.shape[0] != factor.B.shape[1]:
             raise LoraweaveError(
                 f"expert module {module!r}: factors {list(factor.A.shape)} and {list(factor.B.shape)} do not fit; "
                 "expected [rank, in] and [out, rank]"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from loraweave.errors import LoraweaveError
+from loraweave.mixing.denoiser import Staging
 from loraweave.mixing.site import Place
 from loraweave.mixing.stream import StreamSpec
 
@@ -27,12 +28,14 @@ class Anatomy:
         stream_of: module path -> name of the stream it reads.
         blocks: paths of all blocks.
         width: of the hidden states between blocks, if it says so.
+        staging: what a diffusion pipeline needs beyond that; ``None`` for other models.
     """
 
     streams: tuple[StreamSpec, ...]
     stream_of: Callable[[str], str]
     blocks: frozenset[str]
     width: int | None = None
+    staging: Staging | None = None
 
     def place(self, path: str) -> Place:
         """Where the module at ``path`` stands."""

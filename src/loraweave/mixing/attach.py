@@ -11,7 +11,7 @@ from torch import nn
 from loraweave.errors import LoraweaveError
 from loraweave.experts.bank import Bank
 from loraweave.experts.types import Expert, LoraFactors
-from loraweave.mixing.layer import MixingEmbedding, MixingLayer
+from loraweave.mixing.layer import MixingConv, MixingEmbedding, MixingLayer
 
 
 @dataclass
@@ -62,6 +62,8 @@ def attach_layers(model: nn.Module, experts: Sequence[Expert]) -> Attachment:
 
 def features(module: nn.Module) -> tuple[int, int] | None:
     """``(in, out)`` of a module that a LoRA can extend; ``None`` if it is of another kind."""
+    if isinstance(module, nn.Conv2d):
+        return module.in_channels, module.out_channels
     for names in (("in_features", "out_features"), ("num_embeddings", "embedding_dim"), ("nx", "nf")):
         width = tuple(getattr(module, name, None) for name in names)
         if all(isinstance(w, int) for w in width):
@@ -108,18 +110,34 @@ def _check_shape(expert: Expert, path: str, module: nn.Module, factors: LoraFact
     if width is None:
         raise LoraweaveError(
             f"expert {expert.name!r}: {path!r} is a {type(module).__name__}; experts can extend linear layers, "
-            "GPT-2's Conv1D and embeddings"
+            "GPT-2's Conv1D, two-dimensional convolutions and embeddings"
         )
     if isinstance(module, nn.Embedding) != factors.embedding:
         raise LoraweaveError(
             f"expert {expert.name!r}: {path!r} is a {type(module).__name__}, but its LoRA is for another kind"
         )
+    _check_kernel(expert, path, module, factors)
     came = (factors.A.shape[1], factors.B.shape[0])
     if came != width:
         made_for = f" (it says it was made for {expert.base!r})" if expert.base else ""
         raise LoraweaveError(
             f"expert {expert.name!r}{made_for}: {path!r} maps {width[0]} to {width[1]} features in this model, "
             f"the expert expects {came[0]} to {came[1]}; it belongs to another base model"
+        )
+
+
+def _check_kernel(expert: Expert, path: str, module: nn.Module, factors: LoraFactors) -> None:
+    expected = tuple(module.kernel_size) if isinstance(module, nn.Conv2d) else ()
+    came = tuple(factors.A.shape[2:])
+    if came != expected:
+        raise LoraweaveError(
+            f"expert {expert.name!r}: {path!r} is a {type(module).__name__} with a kernel of {list(expected)}, but the "
+            f"LoRA's is {list(came)}; it belongs to another base model"
+        )
+    if isinstance(module, nn.Conv2d) and (module.groups != 1 or module.padding_mode != "zeros"):
+        raise LoraweaveError(
+            f"expert {expert.name!r}: {path!r} is a grouped convolution, or pads with other than zeros; experts "
+            "cannot extend these"
         )
 
 
@@ -142,7 +160,9 @@ def _mixing_layer(base: nn.Module, factors: Sequence[LoraFactors | None], path: 
     )
     dtype = weight.dtype if plain else getattr(model, "dtype", torch.get_default_dtype())  # type: ignore[union-attr]
     device = weight.device if isinstance(weight, torch.Tensor) else next(model.parameters()).device
-    kind = MixingEmbedding if isinstance(base, nn.Embedding) else MixingLayer
+    kind = MixingLayer
+    if isinstance(base, nn.Embedding | nn.Conv2d):
+        kind = MixingEmbedding if isinstance(base, nn.Embedding) else MixingConv
     return kind(base, Bank.stack(factors, dtype, device), path)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from loraweave.errors import LoraweaveError
 from loraweave.experts.bank import Bank
 from loraweave.mixing import numerics
 
@@ -38,6 +39,7 @@ class MixingLayer(nn.Module):
         path: where the base module stood in the model.
         site: the gate site this layer belongs to.
         fixed: the whole low-rank term if ``g`` is constant, ``None`` if it is gated.
+        copies: one such term for each of several equal parts of the rows, where rows are run once per expert.
     """
 
     def __init__(self, base: nn.Module, bank: Bank, path: str) -> None:
@@ -47,7 +49,9 @@ class MixingLayer(nn.Module):
         self.path = path
         self.site: Site | None = None
         self.fixed: FixedTerm | None = None
+        self.copies: tuple[FixedTerm, ...] | None = None
         self._constant: Tensor | None = None
+        self._of_copies: tuple[Tensor, ...] | None = None
         self.train(base.training)
 
     def __getattr__(self, name: str) -> Any:
@@ -58,12 +62,27 @@ class MixingLayer(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = self._modules["base"](x, *args, **kwargs)  # type: ignore[misc]
-        fixed = self.fixed
-        if fixed is None:
-            return self._gated(x, y)
-        if fixed.A is None or fixed.Bt is None:
+        if self.copies is not None:
+            return self._copied(x, y, self.copies)
+        return self._gated(x, y) if self.fixed is None else self._add(x, y, self.fixed)
+
+    def _add(self, x: Tensor, y: Tensor, term: FixedTerm) -> Tensor:
+        if term.A is None or term.Bt is None:
             return y
-        return numerics.expand(self.shrink(x, fixed.A), fixed.w, fixed.Bt, y)
+        return self.expand(self.shrink(x, term.A), term.w, term.Bt, y)
+
+    def _copied(self, x: Tensor, y: Tensor, terms: tuple[FixedTerm, ...]) -> Tensor:
+        rows = x.shape[0] // len(terms)
+        if rows * len(terms) != x.shape[0]:
+            raise LoraweaveError(
+                f"{self.path}: got {x.shape[0]} rows, expected a multiple of {len(terms)}, one part per expert; call "
+                "the pipeline's whole model, not a part of it"
+            )
+        parts = list(zip(x.split(rows), y.split(rows), terms, strict=True))
+        mixed = [self._add(x_part, y_part, term) for x_part, y_part, term in parts]
+        if all(new is old for new, (_, old, _) in zip(mixed, parts, strict=True)):
+            return y  # each part was added in place
+        return torch.cat(mixed)
 
     def _gated(self, x: Tensor, y: Tensor) -> Tensor:
         site = self.site
@@ -78,15 +97,28 @@ class MixingLayer(nn.Module):
             return numerics.low_rank_rows(x, *rows, y)
         if a is None:
             a = self.shrink(x, bank.A)
-        return numerics.expand(a, site.row_weights(bank, a), bank.Bt, y)
+        return self.expand(a, site.row_weights(bank, a), bank.Bt, y)
 
     def shrink(self, x: Tensor, A: Tensor) -> Tensor:
         return numerics.shrink(x, A)
 
+    def expand(self, a: Tensor, w: Tensor | None, Bt: Tensor, y: Tensor) -> Tensor:
+        return numerics.expand(a, w, Bt, y)
+
+    @property
+    def constant(self) -> Tensor | None:
+        """The constant weights ``[E]``, ``None`` if ``g`` is gated or differs between copies of the rows."""
+        return self._constant
+
     def fix(self, weights: Tensor | None) -> None:
         """Make ``g`` constant, ``[E]``: keep only the rank rows of experts that count. ``None``: gated again."""
-        self._constant = weights
+        self._constant, self._of_copies, self.copies = weights, None, None
         self.fixed = None if weights is None else self._fixed_term(weights)
+
+    def fix_copies(self, weights: Sequence[Tensor]) -> None:
+        """Make ``g`` constant in each of ``len(weights)`` equal parts of the rows: ``[E]`` for each."""
+        self._constant, self._of_copies, self.fixed = None, tuple(weights), None
+        self.copies = tuple(self._fixed_term(one) for one in weights)
 
     def _fixed_term(self, weights: Tensor) -> FixedTerm:
         bank: Bank = self.bank
@@ -105,7 +137,10 @@ class MixingLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MixingLayer:
         super()._apply(fn, recurse)
-        self.fix(self._constant)
+        if self._of_copies is not None:
+            self.fix_copies(self._of_copies)
+        else:
+            self.fix(self._constant)
         return self
 
 
@@ -116,3 +151,14 @@ class MixingEmbedding(MixingLayer):
         a = nn.functional.embedding(x, A.T)
         scale = getattr(self.base, "embed_scale", None)
         return a if scale is None else (a * scale).to(A.dtype)
+
+
+class MixingConv(MixingLayer):
+    """The same over a two-dimensional convolution: ``A`` has the base's kernel and stride, ``B`` is 1 x 1."""
+
+    def shrink(self, x: Tensor, A: Tensor) -> Tensor:
+        base = self.base
+        return numerics.shrink_conv(x, A, stride=base.stride, padding=base.padding, dilation=base.dilation)
+
+    def expand(self, a: Tensor, w: Tensor | None, Bt: Tensor, y: Tensor) -> Tensor:
+        return numerics.expand_conv(a, w, Bt, y)

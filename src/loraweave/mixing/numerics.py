@@ -5,7 +5,7 @@ Axes: B rows, T tokens, E experts, R rank rows of all experts together, d width 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -50,6 +50,34 @@ def expand(a: Tensor, w: Tensor | None, Bt: Tensor, y: Tensor) -> Tensor:
         y.view(-1, y.shape[-1]).addmm_(rows, Bt)
         return y
     return y + (rows @ Bt).view(y.shape).to(y.dtype)
+
+
+def shrink_conv(x: Tensor, A: Tensor, **geometry: Any) -> Tensor:
+    """:func:`shrink` of a convolution: ``[B, in, h, w]``, ``A`` ``[R, in, kh, kw]`` -> ``[B, R, h', w']``.
+
+    Args:
+        x: the picture.
+        A: the kernels, of the base's own size.
+        geometry: ``stride``, ``padding`` and ``dilation`` of the base.
+    """
+    if x.dtype != A.dtype and not torch.is_autocast_enabled(x.device.type):
+        x = x.to(A.dtype)
+    return F.conv2d(x, A, **geometry)
+
+
+def expand_conv(a: Tensor, w: Tensor | None, Bt: Tensor, y: Tensor) -> Tensor:
+    """:func:`expand` of a convolution: a 1 x 1 convolution with ``B``.
+
+    Args:
+        a: ``[B, R, h, w]``.
+        w: rank-row weights: ``[R]``, or whatever broadcasts against ``a``; ``None`` for ones.
+        Bt: ``[R, out]``.
+        y: ``[B, out, h, w]``, the base module's output.
+    """
+    if w is not None:
+        a = a * (w.view(-1, 1, 1) if w.ndim == 1 else w).to(a.dtype)
+    added = F.conv2d(a, Bt.T[:, :, None, None]).to(y.dtype)
+    return y + added if torch.is_grad_enabled() else y.add_(added)
 
 
 def low_rank_rows(x: Tensor, A: Tensor, w: Tensor, Bt: Tensor, y: Tensor) -> Tensor:

@@ -111,11 +111,16 @@ class Site:
         """Let the gate read the leader's input ``x``, rank outputs ``a`` and (of an embedding) output ``y``."""
         assert self.gate is not None
         hidden = y if self.leader.bank.embedding else x
-        if hidden.ndim == 2:
+        grid = None
+        if hidden.ndim == 4:
+            grid = (a.shape[2], a.shape[3])
+            hidden, a = hidden.flatten(2).mT, a.flatten(2).mT
+        pooled = hidden.ndim == 2
+        if pooled:
             shape = self._rows_and_tokens(hidden.shape[0])
             hidden, a = hidden.view(*shape, -1), a.view(*shape, -1)
         self._tokens = hidden.shape[1]
-        self.set(self.gate(Evidence(hidden, a, self.stream)))
+        self.set(self.gate(Evidence(hidden, a, self.stream, grid=grid, pooled=pooled)))
 
     def decide_ahead(self) -> None:
         """Let the gate read the encoder's tokens, before the decoder runs.
@@ -131,11 +136,11 @@ class Site:
             )
         if self._read is not None and self._read[0]() is states and self._read[1] == self._version():
             return
-        states = states.to(self.leader.bank.A.device)
-        self._tokens = states.shape[1]
-        self.set(self.gate(Evidence(states, self.leader.shrink(states, self.leader.bank.A), self.stream)))
+        here = states.to(self.leader.bank.A.device)
+        self._tokens = here.shape[1]
+        self.set(self.gate(Evidence(here, self.leader.shrink(here, self.leader.bank.A), self.stream)))
         lasting = not (torch.is_grad_enabled() or self.observers or torch.compiler.is_compiling())
-        self._read = (weakref.ref(self.stream.states), self._version()) if lasting else None
+        self._read = (weakref.ref(states), self._version()) if lasting else None
 
     def _version(self) -> int:
         """Changes whenever the gate's parameters do."""
@@ -173,11 +178,14 @@ class Site:
         w = self._spread_over(bank)
         if a.ndim == 3:
             return w
+        if a.ndim == 4:
+            cells: Tensor = w.mT.unflatten(2, a.shape[2:] if w.shape[1] > 1 else (1, 1))
+            return cells
         if a.ndim == 2:
             if w.shape[0] * w.shape[1] not in (1, a.shape[0]):
                 w = w.expand(-1, a.shape[0] // w.shape[0], -1)
             return w.reshape(-1, w.shape[-1])
-        raise LoraweaveError(f"{self.name}: cannot mix in a module whose input has {a.ndim} axes, expected 2 or 3")
+        raise LoraweaveError(f"{self.name}: cannot mix in a module whose input has {a.ndim} axes, expected 2, 3 or 4")
 
     def _spread_over(self, bank: Bank) -> Tensor:
         """Weights of the bank's rank rows, ``[rows or 1, tokens or 1, R]``."""

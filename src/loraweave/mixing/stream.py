@@ -29,6 +29,7 @@ class StreamSpec:
         states: name of the door's argument that holds the tokens' states ``[rows, tokens, width]``, where they are
             ready before the door opens (the encoder's output, in a decoder).
         within: name of the stream in whose blocks the modules stand that read this one; empty for its own.
+        spatial: whether its tokens are places in a picture.
     """
 
     name: str
@@ -39,6 +40,21 @@ class StreamSpec:
     body: str = ""
     states: str = ""
     within: str = ""
+    spatial: bool = False
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """How a picture's tokens are laid out in one call of a denoiser.
+
+    Attributes:
+        height, width: cells of the largest grid (latent pixels of a UNet, patches of a transformer).
+        text: how many text tokens stand before them where both are in one sequence.
+    """
+
+    height: int
+    width: int
+    text: int = 0
 
 
 class Stream:
@@ -57,6 +73,7 @@ class Stream:
         self.states: Tensor | None = None
         self.listeners: list[Callable[[], None]] = []
         self.expected = False
+        self.canvas: Canvas | None = None
         self._cached: int | Tensor = 0
         self._frozen: WeakKeyDictionary[object, dict[int, Any]] = WeakKeyDictionary()
         self._homeless: dict[int, Any] = {}
@@ -138,6 +155,10 @@ class Arguments:
     def __init__(self, module: nn.Module) -> None:
         names = inspect.signature(type(module).forward).parameters
         self._position = {name: i - 1 for i, name in enumerate(names)}
+
+    def names(self) -> tuple[str, ...]:
+        """The parameters' names in order, without ``self``."""
+        return tuple(name for name in self._position if self._position[name] >= 0)
 
     def get(self, name: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name is None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -39,12 +40,16 @@ class Evidence:
         ranks: ``[rows, tokens, R]``, ``A x`` of the leading module: the experts' outputs in rank space, unscaled.
         outputs: ``[rows, tokens, E, d]``, the experts' outputs themselves, where a block was run once per expert.
         stream: the tokens' attention mask, prompt and cache.
+        grid: height and width of the leader's output, where it is a convolution; its tokens are the picture's cells.
+        pooled: whether the leader reads one vector a row (a time embedding) rather than tokens.
     """
 
     hidden: Tensor
     ranks: Tensor | None
     stream: Stream
     outputs: Tensor | None = None
+    grid: tuple[int, int] | None = None
+    pooled: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class SitePlan:
         features: width of the leader's input and output.
         width: of the hidden states between blocks, where the host model says it.
         experts: names of the mixture's experts, in order.
+        spatial: whether its tokens are places in a picture.
     """
 
     name: str
@@ -77,6 +83,7 @@ class SitePlan:
     experts: tuple[str, ...]
     width: int | None = None
     ahead: bool = False
+    spatial: bool = False
 
 
 class Gate(Protocol):
@@ -118,3 +125,59 @@ class Policy(Protocol):
 
     def gate(self, site: SitePlan) -> nn.Module | None:
         """A fresh :class:`Gate` for this site if ``g`` is learned or depends on the input, else ``None``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Where in a denoising run a call of the denoiser is.
+
+    Attributes:
+        step: number of the step, from 1; a step of a solver that calls the denoiser twice is one.
+        steps: how many there will be.
+    """
+
+    step: int
+    steps: int
+
+    @property
+    def fraction(self) -> float:
+        """From 0 at the first step to 1 at the last."""
+        return (self.step - 1) / (self.steps - 1) if self.steps > 1 else 0.0
+
+
+@runtime_checkable
+class Scheduled(Policy, Protocol):
+    """A policy whose weights depend on the denoising step."""
+
+    def at(self, site: SitePlan, moment: Moment | None) -> Tensor:
+        """``[E]`` at one step; ``None`` asks what a text encoder shall use, which runs before the first."""
+
+
+@runtime_checkable
+class Turns(Policy, Protocol):
+    """A policy under which one expert at a time is at work, as if it were the only LoRA."""
+
+    @property
+    def pauses(self) -> bool:
+        """Whether there are steps at which no expert is."""
+
+    def order_of(self, experts: Sequence[str]) -> Sequence[str]:
+        """Those of the experts that have a turn, in order."""
+
+    def turn(self, experts: Sequence[str], moment: Moment) -> str | None:
+        """Whose turn it is at a step, of the experts that are not masked; ``None`` for nobody's."""
+
+
+@runtime_checkable
+class Copies(Policy, Protocol):
+    """A policy that runs every row once per expert and averages the estimates.
+
+    Attributes:
+        chunk: how many experts to run at a time; ``None`` for all.
+    """
+
+    @property
+    def chunk(self) -> int | None: ...
+
+    def shares(self, experts: Sequence[str]) -> Tensor:
+        """``[E]``: what each expert's estimate counts; need not sum to one."""

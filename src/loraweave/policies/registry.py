@@ -10,6 +10,8 @@ from loraweave.errors import LoraweaveError, unknown
 
 P = TypeVar("P")
 _policies: dict[str, Any] = {}
+ALIASES = {"merge": "sum", "nla": "linear"}
+"""What the literature on pictures calls some of them."""
 
 
 def register(cls: P) -> P:
@@ -31,6 +33,7 @@ def get(name: str) -> Callable[..., Any]:
     Raises:
         LoraweaveError: no policy has that name; the message suggests the nearest.
     """
+    name = ALIASES.get(name, name)
     if name not in _policies:
         raise unknown("method", name, _policies)
     cls: Callable[..., Any] = _policies[name]

@@ -42,7 +42,7 @@ def fold(layers: Mapping[str, MixingLayer], weights: Mapping[str, Tensor]) -> Fo
     """
     for path, layer in layers.items():
         weight = getattr(layer.base, "weight", None)
-        if not isinstance(weight, nn.Parameter) or weight.dtype not in FLOATS or weight.ndim != 2:
+        if not isinstance(weight, nn.Parameter) or weight.dtype not in FLOATS or weight.ndim not in (2, 4):
             raise LoraweaveError(f"cannot fold into {path!r}: its weight is not a plain float matrix (quantised?)")
     originals: dict[str, nn.Parameter] = {path: layer.base.weight for path, layer in layers.items()}  # type: ignore[misc]
     folded = Folded(layers, originals)
@@ -69,7 +69,8 @@ def one_expert(layers: Mapping[str, MixingLayer], weights: Mapping[str, Tensor],
         rows = bank.layout.row_weights(weights[path]).to(bank.A.device)
         used = rows.nonzero().squeeze(1)
         if len(used):
-            A = (rows[used].unsqueeze(1) * bank.A[used].double()).to(bank.A.dtype)
+            scales = rows[used].view(-1, *[1] * (bank.A.ndim - 1))
+            A = (scales * bank.A[used].double()).to(bank.A.dtype)
             factors[path] = LoraFactors(A, bank.Bt[used].T.contiguous(), 1.0, bank.embedding)
     if not factors:
         raise LoraweaveError("every expert has weight 0, so there is no LoRA to write")

@@ -1,0 +1,151 @@
+"""The work of ``loraweave image``."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loraweave.errors import LoraweaveError, LoraweaveWarning, unknown
+from loraweave.evaluation.environment import environment
+from loraweave.files import atomic_path, write_json_atomic
+from loraweave.mixture import Mixture, attach
+from loraweave.policies import Composite, Sum, Switch, registry
+from loraweave.recipe import Method, Recipe
+
+BARE = "bare"
+_FILE, _SHEET = "image.json", "sheet.png"
+
+
+def paint(recipe: Recipe, options: argparse.Namespace) -> None:
+    """Every method and seed: a picture each, then the sheet and the JSON."""
+    from loraweave.integrations.diffusers import load_pipeline
+
+    methods = chosen(recipe, options.method)
+    out = Path(options.out)
+    pipe = load_pipeline(recipe.base, "DiffusionPipeline")
+    if torch.cuda.is_available():
+        pipe.to("cuda", torch.float16)
+    mixture = attach(pipe, recipe.experts, Sum())
+    warn_of_triggers(mixture, options.prompt)
+    for label, method in methods.items():
+        print(f"{label}: {cost(method, len(mixture.experts))}", flush=True)
+    pictures: dict[tuple[str, int], Any] = {}
+    entries = []
+    for label, method in methods.items():
+        mixture.policy = Sum(0.0) if method is None else method
+        for seed in options.seed:
+            began = time.perf_counter()
+            picture = one(pipe, options, seed)
+            seconds = time.perf_counter() - began
+            name = f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', label)}-{seed}.png"
+            pictures[label, seed] = picture
+            with atomic_path(out / name) as path:
+                picture.save(path, format="PNG")
+            entries.append({"method": label, "seed": seed, "file": name, "seconds": round(seconds, 3)})
+            print(f"{out / name}: {seconds:.1f} s", flush=True)
+    with atomic_path(out / _SHEET) as path:
+        sheet(pictures, list(methods), options.seed).save(path, format="PNG")
+    write_json_atomic(out / _FILE, described(recipe, options, mixture, methods) | {"pictures": entries})
+    print(out / _SHEET)
+
+
+def chosen(recipe: Recipe, names: list[str]) -> dict[str, Any]:
+    """Label -> policy, ``None`` for the bare base.
+
+    Raises:
+        LoraweaveError: a name is neither a label of the recipe nor a method, or is given twice.
+    """
+    labels = {label: contender.method.policy() for label, contender in recipe.compare.items()}
+    if not names:
+        return labels or {recipe.method.name: recipe.method.policy()}
+    if len(set(names)) < len(names):
+        raise LoraweaveError(
+            "argument --method: a method is named twice; labels in the recipe's 'compare' tell them apart"
+        )
+    known = [*labels, *registry.names(), *registry.ALIASES, BARE]
+    found: dict[str, Any] = {}
+    for name in names:
+        if name not in known:
+            raise unknown("method", name, known)
+        own = recipe.method.policy() if recipe.method.name == name else None
+        found[name] = None if name == BARE else labels.get(name) or own or Method(name=name).policy()
+    return found
+
+
+def cost(method: Any, experts: int) -> str:
+    """What a step costs, in words."""
+    if method is None:
+        return "the bare base"
+    if isinstance(method, Composite):
+        chunk = method.chunk or experts
+        return f"the denoiser on {experts} times the rows, {min(chunk, experts)} times at once"
+    return (
+        "as one LoRA" if isinstance(method, Switch) else f"as {experts} LoRAs side by side: the base and a little more"
+    )
+
+
+def one(pipe: Any, options: argparse.Namespace, seed: int) -> Any:
+    """One picture."""
+    call: dict[str, Any] = {"prompt": options.prompt, "num_inference_steps": options.steps}
+    if options.negative is not None:
+        call["negative_prompt"] = options.negative
+    if options.guidance is not None:
+        call["guidance_scale"] = options.guidance
+    if options.size is not None:
+        call["width"], call["height"] = options.size
+    return pipe(**call, generator=torch.Generator().manual_seed(seed)).images[0]
+
+
+def warn_of_triggers(mixture: Mixture, prompt: str) -> None:
+    """Warn where a prompt has none of the words that call an expert up."""
+    for expert in mixture.sources:
+        words = expert.report.triggers if expert.report is not None else []
+        if words and not any(word.lower() in prompt.lower() for word in words):
+            warnings.warn(
+                f"expert {expert.name!r}: the prompt has none of the words that call it up ({', '.join(words)})",
+                LoraweaveWarning,
+                stacklevel=2,
+            )
+
+
+def sheet(pictures: dict[tuple[str, int], Any], labels: list[str], seeds: list[int]) -> Any:
+    """All pictures on one: a column for each method, a row for each seed."""
+    from PIL import Image, ImageDraw
+
+    width, height = next(iter(pictures.values())).size
+    width, top, gap = max(width, 96), 16, 4
+    whole = Image.new("RGB", (len(labels) * (width + gap), len(seeds) * (height + top + gap)), "white")
+    draw = ImageDraw.Draw(whole)
+    for column, label in enumerate(labels):
+        for row, seed in enumerate(seeds):
+            x, y = column * (width + gap), row * (height + top + gap)
+            draw.text((x + 2, y + 2), f"{label} #{seed}", fill="black")
+            whole.paste(pictures[label, seed], (x, y + top))
+    return whole
+
+
+def described(recipe: Recipe, options: argparse.Namespace, mixture: Mixture, methods: dict[str, Any]) -> dict[str, Any]:
+    """Everything that is needed to paint the same again."""
+    import diffusers
+
+    found = environment()
+    found["versions"]["diffusers"] = diffusers.__version__
+    return {
+        "base": recipe.base,
+        "pipeline": type(mixture.pipeline).__name__,
+        "scheduler": type(mixture.pipeline.scheduler).__name__,
+        "experts": [{"name": e.name, "source": e.source, "sha256": e.sha256} for e in mixture.sources],
+        "prompt": options.prompt,
+        "negative": options.negative,
+        "steps": options.steps,
+        "guidance": options.guidance,
+        "size": options.size,
+        "methods": {label: None if m is None else registry.to_dict(m) for label, m in methods.items()},
+        **found,
+    }

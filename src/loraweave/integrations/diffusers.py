@@ -1,0 +1,184 @@
+"""What the engine needs to know of diffusers pipelines; with ``diffusers_files`` the only place that knows them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraweave.errors import LoraweaveError
+from loraweave.integrations.host import Host
+from loraweave.mixing.anatomy import Anatomy, find_blocks, named_blocks
+from loraweave.mixing.denoiser import Staging
+from loraweave.mixing.stream import Arguments, Canvas, StreamSpec
+from loraweave.mixing.types import Moment
+
+_DENOISER = re.compile(r"(unet|transformer)(_\d+)?")
+_ENCODER = re.compile(r"text_encoder(_\d+)?")
+# Parts of transformer denoisers that read the prompt's tokens.
+_TEXT = re.compile(
+    r"\.(add_[qkv]_proj|to_add_out|ff_context|norm1_context|context_embedder|txt_in|caption_projection|text_embedder|"
+    r"encoder_hid_proj)(\.|$)"
+)
+_STAGE = re.compile(r"(Up|Down|Mid)Block")
+_UNBATCHED = frozenset({"img_ids", "txt_ids", "image_rotary_emb"})
+_SCALES = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
+
+
+class Components(nn.Module):
+    """The denoisers and text encoders of a pipeline under their own names, so that module paths start with these."""
+
+    def __init__(self, parts: dict[str, nn.Module], name: str | None) -> None:
+        super().__init__()
+        for part, module in parts.items():
+            self.add_module(part, module)
+        self.name_or_path = name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+
+def is_pipeline(model: Any) -> bool:
+    """Whether this is a diffusers pipeline."""
+    from diffusers import DiffusionPipeline
+
+    return isinstance(model, DiffusionPipeline)
+
+
+def load_pipeline(name: str, kind: str) -> Any:
+    """A pipeline by its class and its folder or hub id; only safetensors are read.
+
+    Raises:
+        LoraweaveError: there is no such class, or it cannot be loaded.
+    """
+    import diffusers
+
+    found = getattr(diffusers, kind, None)
+    if not (isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)):
+        raise LoraweaveError(f"{kind!r} is no pipeline class of diffusers {diffusers.__version__}; pass model=")
+    pipeline: Any = found
+    try:
+        return pipeline.from_pretrained(name, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise LoraweaveError(f"pipeline {name!r}: cannot be loaded ({first})") from error
+
+
+def open_pipeline(pipe: Any, blocks: Iterable[str] | None = None) -> Host:
+    """A pipeline's denoisers and text encoders, their streams, and where in a run a call is.
+
+    Raises:
+        LoraweaveError: it has no denoiser.
+    """
+    from loraweave.integrations.diffusers_files import read_expert
+
+    parts = {
+        # torch.compile wraps a whole model; experts go into the model itself.
+        name: getattr(part, "_orig_mod", part)
+        for name, part in pipe.components.items()
+        if isinstance(part, nn.Module) and (_DENOISER.fullmatch(name) or _ENCODER.fullmatch(name))
+    }
+    denoisers = tuple(name for name in parts if _DENOISER.fullmatch(name))
+    encoders = tuple(name for name in parts if _ENCODER.fullmatch(name))
+    if not denoisers:
+        raise LoraweaveError(f"{type(pipe).__name__}: has no unet and no transformer that experts could extend")
+    module = Components(parts, getattr(pipe, "name_or_path", None) or None)
+    classes = {c for part in parts.values() for c in getattr(part, "_no_split_modules", None) or ()}
+    # A UNet's stages hold many blocks, and register them in another order than they call them.
+    classes = {c for c in classes if not _STAGE.search(c)}
+    found = find_blocks(module, sorted(classes)) if blocks is None else named_blocks(module, blocks)
+    staging = Staging(denoisers, encoders, StepClock(pipe), canvas, _UNBATCHED, _SCALES)
+    anatomy = Anatomy(
+        streams=(
+            *(StreamSpec(name, name, mask=None, spatial=True) for name in denoisers),
+            *(StreamSpec(f"{name}.text", name, mask=None) for name in denoisers),
+            *(StreamSpec(name, name) for name in encoders),
+        ),
+        stream_of=partial(_stream_of, module),
+        blocks=found,
+        staging=staging,
+    )
+    return Host(module, anatomy, pipe, partial(read_expert, pipe=pipe, parts=module))
+
+
+def _stream_of(module: Components, path: str) -> str:
+    part, _, inner = path.partition(".")
+    if not _DENOISER.fullmatch(part):
+        return part
+    owner, _, leaf = path.rpartition(".")
+    crosses = leaf in ("to_k", "to_v") and getattr(module.get_submodule(owner), "is_cross_attention", False)
+    return f"{part}.text" if crosses or _TEXT.search(f".{inner}") else part
+
+
+def canvas(denoiser: nn.Module, get: Callable[[str], Any]) -> Canvas | None:
+    """How the picture's tokens are laid out in a call, as far as its arguments tell."""
+    prompt = get("encoder_hidden_states")
+    text = prompt.shape[1] if isinstance(prompt, Tensor) and prompt.ndim == 3 else 0
+    ids = get("img_ids")
+    if isinstance(ids, Tensor):  # Flux packs its cells and says where each stands
+        ids = ids[0] if ids.ndim == 3 else ids
+        ids = ids[ids[:, 0] == 0]
+        return Canvas(int(ids[:, 1].max()) + 1, int(ids[:, 2].max()) + 1, text)
+    sample = get(Arguments(denoiser).names()[0])
+    if not isinstance(sample, Tensor) or sample.ndim != 4:
+        return None
+    patch = getattr(getattr(denoiser, "config", None), "patch_size", None) or 1
+    return Canvas(sample.shape[2] // patch, sample.shape[3] // patch, text)
+
+
+class StepClock:
+    """Counts denoising steps from what a denoiser is called with and what the pipeline's scheduler says.
+
+    A step begins with a new timestep, unless a solver of second order is half-way through the one before. A run begins
+    when the scheduler was given new timesteps, as every call of a pipeline does.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        self.times: Tensor | None = None
+        self.step, self.steps, self.last, self.halfway = 0, 1, float("inf"), False
+
+    def __call__(self, timestep: Any) -> Moment:
+        scheduler = getattr(self.pipe, "scheduler", None)
+        times = getattr(scheduler, "timesteps", None)
+        if not isinstance(times, Tensor) or not times.numel():
+            raise LoraweaveError(
+                f"{type(self.pipe).__name__}: its scheduler has no timesteps yet, so the denoising step is unknown; "
+                "call the pipeline, or scheduler.set_timesteps first"
+            )
+        t = float(timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep)
+        halfway = getattr(scheduler, "state_in_first_order", True) is False
+        place = _index(scheduler, times, t)
+        if times is not self.times or (place is None and t > self.last):
+            self.times, self.step, self.last = times, 0, float("inf")
+            self.steps = _steps(scheduler, times[place or 0 :])
+            self.halfway = False
+        # The second half of a step may be at the next step's timestep, which then begins with the same one.
+        if self.step == 0 or (not halfway and (t != self.last or self.halfway)):
+            self.step += 1
+        self.last, self.halfway = t, halfway
+        return Moment(self.step, max(self.steps, self.step))
+
+
+def _index(scheduler: Any, times: Tensor, t: float) -> int | None:
+    """Where in the scheduler's timesteps ``t`` stands; some transformers are given it divided by 1000."""
+    known = times.detach().float().cpu()
+    scaled = t * float(getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000))
+    # 1 may be the first of 1000 divided, or the very last; runs that begin with the last are rare.
+    for value in (scaled, t) if t <= 1 else (t,):
+        # compared in half precision's steps: the timestep may have been cast on its way
+        near = ((known - value).abs() <= 1e-2 + 4e-3 * abs(value)).nonzero().flatten()
+        if len(near):
+            return int(near[(known[near] - value).abs().argmin()])
+    return None
+
+
+def _steps(scheduler: Any, times: Tensor) -> int:
+    if hasattr(scheduler, "state_in_first_order"):
+        return (len(times) + 1) // 2
+    return len(torch.unique(times))

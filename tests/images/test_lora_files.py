@@ -1,0 +1,234 @@
+"""LoRA files as they circulate give the pictures that diffusers makes of them, and nothing is dropped in silence."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pipes
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.testing import assert_close
+
+import loraweave as lw
+
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+def kohya_sd15(path: str) -> str:
+    part, _, inner = path.partition(".")
+    prefix = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}[part]
+    return prefix + inner.replace(".", "_")
+
+
+def kohya_sdxl(path: str) -> str:
+    part, _, inner = path.partition(".")
+    if part != "unet":
+        nested = "" if inner.startswith("text_model.") else "text_model_"
+        return {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}[part] + nested + inner.replace(".", "_")
+    for name, sgm in {
+        "down_blocks.1.attentions.0": "input_blocks.3.1",
+        "mid_block.attentions.0": "middle_block.1",
+        "up_blocks.0.attentions.0": "output_blocks.0.1",
+        "up_blocks.0.attentions.1": "output_blocks.1.1",
+    }.items():
+        inner = inner.replace(name, sgm)
+    return "lora_unet_" + inner.replace(".", "_")
+
+
+def kohya(pairs: Mapping[str, tuple[Tensor, Tensor]], name: Callable[[str], str], alpha: float) -> dict[str, Tensor]:
+    tensors = {}
+    for path, (a, b) in pairs.items():
+        stem = name(path)
+        tensors |= {f"{stem}.lora_down.weight": a, f"{stem}.lora_up.weight": b, f"{stem}.alpha": torch.tensor(alpha)}
+    return {key: tensor.contiguous() for key, tensor in tensors.items()}
+
+
+def same_picture(pipe: Any, path: Path, attach: Any) -> Any:
+    """The mixture of this one file, after its picture equalled the one by way of diffusers."""
+    mixture = attach(pipe, {"one": path}, lw.Sum())
+    mixed = pipes.latents(pipe)
+    mixture.detach()
+    bare = pipes.latents(pipe)
+    assert (mixed - bare).abs().max() > 0.01
+    assert_close(mixed, pipes.latents(pipes.loaded(pipe, {"one": path})), **CLOSE)
+    return mixture
+
+
+def test_kohya_sd15_with_convolutions(sets: Any, attach: Any, tmp_path: Path) -> None:
+    pipe, _, _ = sets("sd15")
+    modules = pipes.targets(pipe, pipes.ATTENTION + pipes.OTHERS + pipes.CONVS)
+    path = tmp_path / "civitai.safetensors"
+    meta = {
+        "ss_tag_frequency": json.dumps({"10_x": {"hero": 9, "coat": 3, "sky": 5}}),
+        "ss_base_model_version": "sd_v1",
+    }
+    save_file(kohya(pipes.factors(modules, 5, 4), kohya_sd15, 2.0), path, metadata=meta)
+    report = same_picture(pipe, path, attach).sources[0].report
+    assert (report.unmatched, report.scales, report.ranks) == ([], {0.5: len(modules)}, {4: len(modules)})
+    assert (report.matched, report.triggers) == (3 * len(modules), ["hero", "sky", "coat"])
+    assert 0.05 < report.text_encoder_share < 0.5
+
+
+def test_kohya_sdxl_with_both_text_encoders(sets: Any, attach: Any, tmp_path: Path) -> None:
+    pipe, _, _ = sets("sdxl")
+    modules = pipes.targets(pipe, pipes.ATTENTION)
+    path = tmp_path / "xl.safetensors"
+    save_file(kohya(pipes.factors(modules, 5, 2), kohya_sdxl, 1.0), path)
+    report = same_picture(pipe, path, attach).sources[0].report
+    assert (report.unmatched, report.modules, report.architecture) == ([], len(modules), "SDXL")
+    assert lw.inspect(path).architecture == "SDXL"
+
+
+def test_kohya_flux(sets: Any, attach: Any, tmp_path: Path) -> None:
+    pipe, _, _ = sets("flux")
+    shapes = {
+        "lora_unet_double_blocks_0_img_attn_proj": (16, 16), "lora_unet_double_blocks_0_img_attn_qkv": (16, 48),
+        "lora_unet_double_blocks_0_txt_attn_qkv": (16, 48), "lora_unet_double_blocks_0_img_mlp_0": (16, 64),
+        "lora_unet_single_blocks_0_linear2": (80, 16),
+        "lora_te1_text_model_encoder_layers_0_self_attn_q_proj": (16, 16),
+        "lora_te1_text_model_encoder_layers_0_self_attn_out_proj": (16, 16),
+    }  # fmt: skip
+    generator = torch.Generator().manual_seed(2)
+    tensors: dict[str, Tensor] = {}
+    for stem, (into, out) in shapes.items():
+        tensors[f"{stem}.lora_down.weight"] = torch.randn(4, into, generator=generator)
+        tensors[f"{stem}.lora_up.weight"] = torch.randn(out, 4, generator=generator) * 0.3
+        tensors[f"{stem}.alpha"] = torch.tensor(2.0)
+    path = tmp_path / "flux.safetensors"
+    save_file(tensors, path)
+    report = same_picture(pipe, path, attach).sources[0].report
+    assert (report.unmatched, report.modules, report.architecture) == ([], 11, "Flux")
+
+
+def test_old_names_of_diffusers(sets: Any, attach: Any, tmp_path: Path) -> None:
+    pipe, _, _ = sets("sd15")
+    tensors = {}
+    for path, (a, b) in pipes.factors(pipes.targets(pipe, ("to_q", "to_v")), 1, 3).items():
+        block, _, leaf = path.rpartition(".")
+        tensors |= {f"{block}.processor.{leaf}_lora.down.weight": a, f"{block}.processor.{leaf}_lora.up.weight": b}
+    save_file(tensors, tmp_path / "old.safetensors")
+    assert same_picture(pipe, tmp_path / "old.safetensors", attach).sources[0].report.unmatched == []
+
+
+def test_alpha_in_the_header_of_diffusers(sets: Any, attach: Any, tmp_path: Path) -> None:
+    """Written by diffusers' own save_lora_weights with the configuration of peft."""
+    pipe, _, _ = sets("sd15")
+    trained = copy.deepcopy(pipe)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=2, target_modules=["to_q", "to_v"], use_rslora=True, init_lora_weights=False,
+        rank_pattern={"attn2.to_v": 2},
+    )  # fmt: skip
+    torch.manual_seed(3)
+    trained.unet.float().add_adapter(config)
+    layers = peft.get_peft_model_state_dict(trained.unet)
+    trained.save_lora_weights(tmp_path, unet_lora_layers=layers, unet_lora_adapter_metadata=config.to_dict())
+    mixture = same_picture(pipe, tmp_path, attach)
+    assert set(mixture.sources[0].report.scales) == {1.0, 2 / 2**0.5}
+
+
+def test_peft_folder_of_one_model(sets: Any, attach: Any, tmp_path: Path) -> None:
+    pipe, _, _ = sets("sd15")
+    unet = copy.deepcopy(pipe.unet).float()
+    torch.manual_seed(3)
+    targets = ["to_q", "conv1", "proj_in"]
+    wrapped = peft.get_peft_model(
+        unet, peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, init_lora_weights=False)
+    )
+    wrapped.save_pretrained(tmp_path)
+    mixture = attach(pipe, {"one": tmp_path}, lw.Sum())
+    mixed = pipes.latents(pipe)
+    mixture.detach()
+    other = copy.deepcopy(pipe)
+    other.unet = wrapped.merge_and_unload().double()
+    assert_close(mixed, pipes.latents(other), **CLOSE)
+
+
+def test_a_half_matching_file_warns_with_the_list(sets: Any, attach: Any, tmp_path: Path) -> None:
+    pipe, files, _ = sets("sd15")
+    tensors = load_file(files["hero"])
+    tensors |= named("unet.no.such.to_q", torch.ones(2, 4), torch.ones(4, 2))
+    save_file(tensors, tmp_path / "half.safetensors")
+    with pytest.warns(
+        lw.LoraweaveWarning, match=r"half\.safetensors: 2 of \d+ tensors fit nothing in .*no\.such\.to_q\.lora_A"
+    ):
+        mixture = attach(pipe, {"one": tmp_path / "half.safetensors"}, lw.Sum())
+    assert mixture.sources[0].report.unmatched == [
+        "unet.no.such.to_q.lora_A.weight", "unet.no.such.to_q.lora_B.weight",
+    ]  # fmt: skip
+
+
+def test_kohya_keys_that_diffusers_stumbles_over_are_reported(sets: Any, attach: Any, tmp_path: Path) -> None:
+    pipe, _, _ = sets("sd15")
+    tensors = kohya(pipes.factors(pipes.targets(pipe, ("to_q",)), 5, 4), kohya_sd15, 2.0)
+    tensors |= {"lora_unet_x.lora_down.weight": torch.ones(2, 4), "position_ids.alpha": torch.tensor(1.0)}
+    save_file(tensors, tmp_path / "odd.safetensors")
+    with pytest.warns(
+        lw.LoraweaveWarning, match=r"2 of \d+ tensors fit nothing.*: lora_unet_x\.lora_down\.weight, position_ids"
+    ):
+        attach(pipe, {"one": tmp_path / "odd.safetensors"}, lw.Sum())
+
+
+def named(stem: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+    return {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
+
+
+MID = "unet.mid_block.attentions.0."
+REFUSED = {
+    "DoRA is not additive": {
+        "lora_unet_a.lora_down.weight": torch.ones(2, 4), "lora_unet_a.lora_up.weight": torch.ones(4, 2),
+        "lora_unet_a.dora_scale": torch.ones(4),
+    },
+    "is a LoHa, not a plain LoRA": {"lora_unet_a.hada_w1_a": torch.ones(2, 2)},
+    "is a LoKr, not a plain LoRA": {"lora_unet_a.lokr_w1": torch.ones(2, 2)},
+    "nothing in it fits StableDiffusionPipeline; it looks made for Flux":
+        named("transformer.single_transformer_blocks.0.attn.to_q", torch.ones(2, 4), torch.ones(4, 2)),
+    "NaN or infinite": named(MID + "proj_in", torch.full((2, 16), torch.nan), torch.ones(16, 2)),
+    "maps 16 to 16 features in this model, the expert expects 24 to 16":
+        named(MID + "transformer_blocks.0.attn1.to_q", torch.ones(2, 24), torch.ones(16, 2)),
+    "a kernel of": named("unet.conv_in", torch.ones(2, 4, 5, 5), torch.ones(8, 2, 1, 1)),
+    "do not fit": named("unet.conv_in", torch.ones(2, 4, 3, 3), torch.ones(8, 3, 1, 1)),
+    "has dtype I64": named("unet.conv_in", torch.ones(2, 4, 3, 3).long(), torch.ones(8, 2, 1, 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refused_files_leave_the_pipeline_alone(message: str, sets: Any, tmp_path: Path) -> None:
+    pipe, _, _ = sets("sd15")
+    save_file(REFUSED[message], tmp_path / "bad.safetensors")
+    before = {id(module) for module in pipe.unet.modules()}
+    with pytest.raises(lw.LoraweaveError, match=message):
+        lw.attach(pipe, {"bad": tmp_path / "bad.safetensors"}, lw.Sum())
+    assert {id(module) for module in pipe.unet.modules()} == before
+
+
+def test_pickles_are_refused(sets: Any, tmp_path: Path) -> None:
+    pipe, _, _ = sets("sd15")
+    for place in (tmp_path / "x.bin", tmp_path):
+        torch.save({}, tmp_path / "x.bin")
+        with pytest.raises(lw.LoraweaveError, match="pickled weights are refused"):
+            lw.attach(pipe, {"bad": place}, lw.Sum())
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "guess"),
+    [
+        ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k", 768, "SD 1.x"),
+        ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k", 1024, "SD 2.x"),
+        ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k", 2048, "SDXL"),
+        ("lora_unet_double_blocks_0_img_attn_qkv", 3072, "Flux"),
+        ("lora_unet_joint_blocks_0_x_block_attn_qkv", 1536, "SD3"),
+        ("lora_unet_something_else", 8, None),
+    ],
+)
+def test_inspect_guesses_the_architecture(name: str, width: int, guess: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "one.safetensors"
+    save_file({f"{name}.lora_down.weight": torch.ones(2, width), f"{name}.lora_up.weight": torch.ones(4, 2)}, path)
+    report = lw.inspect(path)
+    assert (report.architecture, report.mixable, report.reason) == (guess, True, None)
