@@ -76,13 +76,12 @@ def test_the_card_cannot_be_changed_by_callers() -> None:
 
 def test_the_tokenizer_gives_back_what_it_took() -> None:
     _, tokenizer = zoo.load_base()
-    for text in ("sort words z to a: dog cat", "name[The Rice Boat], price 'cheap' ; ü"):
+    for text in ("sort words z to a: dog cat", "name[The Rice Boat], price 'cheap' ; ü", "room 417 (west), x=3"):
         ids = tokenizer(text)["input_ids"]
         assert ids[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text
-    # Every digit gets a space of its own, so numbers in digits come back apart: a known limit of this tokenizer.
     digits = tokenizer("417", add_special_tokens=False)["input_ids"]
-    assert len([i for i in digits if tokenizer.decode([i]).strip()]) == 3
+    assert [tokenizer.decode([i]).strip() for i in digits] == ["4", "1", "7"]
 
 
 @pytest.mark.slow
