@@ -115,7 +115,7 @@ def make_model(settings: Settings) -> T5ForConditionalGeneration:
 
 @torch.no_grad()
 def teach_copying(model: T5ForConditionalGeneration, settings: Settings) -> None:
-    """Starts the model with the circuit that copies in order, which a small T5 takes hours to find by chance.
+    """Starts the model with the circuit that copies in order, which ours had not found after 18 minutes.
 
     T5 has no absolute positions, so the decoder walks along its input by content: "find the word that follows the one I
     have just written". Two encoder heads tell every position its left and its right neighbour (the biases of their
