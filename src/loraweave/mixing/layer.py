@@ -90,7 +90,7 @@ class MixingLayer(nn.Module):
         assert site is not None
         a: Tensor | None = None
         if site.leader is self and not site.driven and not site.plan.ahead:
-            a = self.shrink(x, bank.A)
+            a = self.shrink(x, bank.A) if site.reads_ranks else None
             site.decide(x, a, y)
         rows = site.few_rows(bank, x)
         if rows is not None:

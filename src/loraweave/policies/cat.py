@@ -56,6 +56,7 @@ class StaticGate(nn.Module):
     """Learned weights that depend on nothing. Parameter: ``w`` ``[E]``."""
 
     normalized = False
+    reads_ranks = False
     # A few dozen steps must be able to carry a weight from 1/N to 1.
     suggested_learning_rate = 0.03
 

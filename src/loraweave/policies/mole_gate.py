@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from loraweave.errors import LoraweaveError
 from loraweave.mixing import numerics
@@ -64,6 +65,10 @@ class MoLEGate(nn.Module):
         super()._apply(moved, recurse)
         self.closed = None if self.closed is None else moved(self.closed)
         return self
+
+    @property
+    def reads_ranks(self) -> bool:
+        return isinstance(self.reader, RankReader)
 
     def keep(self, kept: Tensor | None) -> None:
         """Mask experts: ``kept`` is ``[E]`` bool; ``None`` lifts the mask."""
@@ -122,7 +127,8 @@ class MoLEGate(nn.Module):
             total = None if total is None else total.sum(1, keepdim=True)
             size = size * self.e.shape[0]
         else:
-            projected = coordinates @ matrix
+            # Some BLAS are twice as slow on a matrix with so few columns as on its transpose.
+            projected = F.linear(coordinates, matrix.mT.contiguous())
         return numerics.normalized_logits(projected, square, size, normalization, total, columns)
 
     def pool(self, v: Tensor, evidence: Evidence) -> Tensor:
