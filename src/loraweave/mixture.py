@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from loraweave.errors import LoraweaveError, unknown
 from loraweave.experts.resolve import resolve_experts
 from loraweave.experts.types import Expert
-from loraweave.integrations.host import open_host
+from loraweave.integrations.host import Host, open_host
 from loraweave.mixing import numerics
 from loraweave.mixing.anatomy import Anatomy
 from loraweave.mixing.attach import Attachment, attach_layers, features
@@ -57,13 +57,18 @@ def attach(
     """
     named = None if blocks is None else tuple(blocks)
     host = open_host(model, named)
+    return attach_read(host, resolve_experts(experts, host.read), policy, named)
+
+
+def attach_read(host: Host, experts: list[Expert], policy: Policy | None, blocks: tuple[str, ...] | None) -> Mixture:
+    """:func:`attach` experts that are read already; the list is emptied, so that their files can leave memory."""
     if policy is None:
         from loraweave.policies import MoLE, Sum
 
         policy = MoLE() if host.pipeline is None else Sum()
-    read = resolve_experts(experts, host.read)
-    mixture = Mixture(host.module, read, attach_layers(host.module, read), host.anatomy, policy)
-    mixture.blocks, mixture.pipeline = named, host.pipeline
+    sources = [dataclasses.replace(expert, factors={}) for expert in experts]
+    mixture = Mixture(host.module, sources, attach_layers(host.module, experts), host.anatomy, policy)
+    mixture.blocks, mixture.pipeline = blocks, host.pipeline
     return mixture
 
 
