@@ -173,9 +173,9 @@ def arithmetic_rows(scenarios: Results) -> tuple[list[str], Rows]:
     """Per token: what the linear layers and the LoRAs beside them compute and read, and the ratio that follows."""
     head = ["scenario", "base GFLOP", "LoRA GFLOP", "base MB", "LoRA MB", "x bare"]
     found = {name: row["arithmetic"] for name, row in scenarios.items() if row.get("arithmetic")}
+    keys = ("base_gflop", "lora_gflop", "base_mb", "lora_mb", "ratio")
     return head, [
-        [name, f"{a['base_gflop']:.3f}", f"{a['lora_gflop']:.3f}", f"{a['base_mb']:.0f}", f"{a['lora_mb']:.0f}"]
-        + [f"{a['ratio']:.2f}"]
+        [name, *(format(a[key], form) for key, form in zip(keys, (".3f", ".3f", ".0f", ".0f", ".2f"), strict=True))]
         for name, a in found.items()
     ]
 
@@ -222,9 +222,13 @@ def markdown(report: dict[str, Any]) -> str:
     parts = [f"{key}: {value}" for key, value in report["environment"].items()]
     text = ["# Speed", "", "; ".join(parts), ""]
     for title, head, rows in tables(report):
-        text += [f"## {title}", "", _line(head), _line(["---"] + ["--:"] * (len(head) - 1))]
-        text += [*map(_line, rows), ""]
+        text += [f"## {title}", "", markdown_table(head, rows)]
     return "\n".join(text)
+
+
+def markdown_table(head: Sequence[str], rows: Rows) -> str:
+    """A table in Markdown, with the line's end."""
+    return "\n".join([_line(head), _line(["---"] + ["--:"] * (len(head) - 1)), *map(_line, rows), ""])
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -185,7 +185,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
     console = Console() if sys.stdout.isatty() else Console(width=120)
     with tempfile.TemporaryDirectory() as folder:
-        result = Run(options, Path(folder), console).all()
+        try:
+            suite = Run(options, Path(folder), console)
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
+        result = suite.all()
     report.show(result, console)
     if result["environment"]["load_before"] > 0.5:
         console.print(f"The machine was busy before (load {result['environment']['load_before']:.1f}); measure again.")
