@@ -9,7 +9,7 @@ import torch
 from speed import document, report, run
 from speed.checks import check
 from speed.models import SIZES, Bench, arithmetic, make_bench
-from speed.ours import OURS, attach, mole_block
+from speed.ours import OURS, attach, ungated
 from speed.peers import PEERS, peft_all, peft_one
 from speed.scenarios import SCENARIOS
 from speed.timing import Task, interleave, ratios
@@ -122,7 +122,7 @@ def test_the_gates_are_not_trivial(bench: Bench) -> None:
         assert weights.shape == (1, 12, bench.size.experts)
         assert weights.std(dim=1).min() > 1e-3
         assert weights.std(dim=2).min() > 1e-2
-    assert mole_block(bench) is not mixture.model
+    assert ungated(bench) is not mixture.model
 
 
 def test_every_bound_names_what_exists() -> None:
