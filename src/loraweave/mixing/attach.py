@@ -170,11 +170,19 @@ def _mixing_layer(base: nn.Module, extents: Sequence[Extent | None], path: str, 
         torch.float64,
     )
     dtype = weight.dtype if plain else getattr(model, "dtype", torch.get_default_dtype())  # type: ignore[union-attr]
-    device = weight.device if isinstance(weight, torch.Tensor) else next(model.parameters()).device
+    device = _device(base, weight if isinstance(weight, torch.Tensor) else next(model.parameters()))
     kind = MixingLayer
     if isinstance(base, nn.Embedding | nn.Conv2d):
         kind = MixingEmbedding if isinstance(base, nn.Embedding) else MixingConv
     return kind(base, Bank.room_for(extents, dtype, device), path)
+
+
+def _device(base: nn.Module, weight: torch.Tensor) -> torch.device:
+    """Where a module computes: accelerate keeps offloaded weights elsewhere and brings them in for each call."""
+    hook = getattr(base, "_hf_hook", None)
+    places = [getattr(one, "execution_device", None) for one in getattr(hook, "hooks", (hook,))]
+    known = [place for place in places if place is not None]
+    return torch.device(known[0]) if weight.is_meta and known else weight.device
 
 
 def _fill(banks: Mapping[str, Bank], experts: list[Expert]) -> None:
