@@ -1,9 +1,10 @@
 """What the documentation shows works: every ``python`` and ``console`` block of the README and of docs/ runs, offline.
 
 Python blocks of one file share a namespace, as a reader would type them one after the other. Of console blocks the
-lines ``$ loraweave ...`` run, in this process. Both run in one empty folder per file (with ``examples/`` and ``recipes/`` in it), in the
-order in which they stand. A block that cannot run here has ``<!-- skip: why -->`` on the line above it; one that only
-prepares the next stands inside ``<!-- ... -->``, where readers do not see it. Other languages are not run.
+lines ``$ loraweave ...`` run, in this process. Both run in one empty folder per file (with ``examples/`` and
+``recipes/`` in it), in the order in which they stand. A block that cannot run here has ``<!-- skip: why -->`` on the
+line above it; one that only prepares the next stands inside ``<!-- ... -->``, where readers do not see it. Other
+languages are not run.
 """
 
 from __future__ import annotations

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
+import pipes
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 import loraweave as lw
 from loraweave.cli import main
+from loraweave.evaluation.image_metrics import Clip, image_alignment, text_alignment
 from loraweave.evaluation.judges.pictures import read_pictures
 from loraweave.integrations.diffusers import load_pipeline
 
@@ -91,3 +94,65 @@ def test_methods_that_would_have_to_learn_are_refused(
     assert not list(tmp_path.glob("**/*.png"))
     assert main(["testbed", str(recipe), "-o", str(tmp_path / "b"), "testbed.scheduler=DDIMShedule"]) == 2
     assert "did you mean 'DDIMScheduler'" in capsys.readouterr().err
+
+
+def test_painted_pictures_are_scored(
+    recipe: Path, sets: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against one picture, one prompt and one reference at a time."""
+    monkeypatch.setenv("COLUMNS", "140")
+    first, second, third = sets("sd15").files
+    clip = tmp_path / "clip"
+    tiny_clip(clip)
+    (tmp_path / "references").mkdir()
+    for level in (50, 200):
+        Image.new("RGB", (20, 20), (level, 0, 90)).save(tmp_path / "references" / f"{level}.png")
+    content = json.loads(recipe.read_text())
+    content["base"] = str(recipe.parent / "base")
+    content["testbed"]["elements"][second]["references"] = "references"
+    content["published"] = {"source": "Paper", "scores": {"merge": {"text_alignment": 0.7}, "svdiff": {"x": 0.5}}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(content))
+    out = tmp_path / "out"
+    assert main(["testbed", str(tmp_path / "recipe.yaml"), "-o", str(out), "--clip", str(clip)]) == 0
+    said = capsys.readouterr().out
+    found = json.loads((out / "alignment.json").read_text())
+    looks = Clip(str(clip))
+    names = {"hero, coat": f"{first}+{second}", "hero, hat": f"{first}+{third}"}
+    references = [Image.open(path) for path in sorted((tmp_path / "references").iterdir())]
+    for method in ("merge", "switch"):
+        painted = {prompt: Image.open(out / method / f"{name}.png") for prompt, name in names.items()}
+        texts = [text_alignment(looks, [picture], [prompt])[0] for prompt, picture in painted.items()]
+        images = [image_alignment(looks, [painted["hero, coat"]], [one])[0] for one in references]
+        assert found["scores"][method] == {
+            "text_alignment": pytest.approx(sum(texts) / 2, abs=1e-5),
+            f"image_alignment_{second}": pytest.approx(sum(images) / 2, abs=1e-5),
+            "image_alignment": pytest.approx(sum(images) / 2, abs=1e-5),
+        }
+        hits = []
+        for prompt, wanted in (("hero, coat", {first, second}), ("hero, hat", {first, third})):
+            cosines = {name: text_alignment(looks, [painted[prompt]], [name])[0] for name in (first, second, third)}
+            best = set(sorted(cosines, key=lambda name: -cosines[name])[:2])
+            hits += [name in best for name in wanted]
+        assert found["distinctness"][method]["mean"] == pytest.approx(sum(hits) / 4)
+    assert f"0.700  {found['scores']['merge']['text_alignment']:.3f}" in said
+    assert main(["testbed", str(tmp_path / "recipe.yaml"), "--clip", str(clip)]) == 2
+    assert "--clip goes with --out" in capsys.readouterr().err
+
+
+def tiny_clip(folder: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokenizer = pipes.clip_tokenizer()
+    text = {
+        **sizes,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 16,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    vision = {**sizes, "image_size": 16, "patch_size": 8}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)

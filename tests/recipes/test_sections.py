@@ -129,6 +129,7 @@ def test_published_figures_stand_beside_ours() -> None:
             "sum": {"qa": spread(1.0), "extra": spread(2.0)},
         },
         "own": {"qa": 50.0, "extra": 60.0},
+        "retention": {},
         "recipe": {"base": "zoo", "published": {"source": "Paper, Table 1", "scores": printed}},
     }
     rows = {(row["column"], row["method"]): (row["paper"], row["here"]) for row in published_rows(results)}

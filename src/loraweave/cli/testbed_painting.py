@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
 from tqdm import tqdm
 
 from loraweave.errors import LoraweaveError, unknown
@@ -25,11 +28,21 @@ from loraweave.recipe import Recipe
 from loraweave.recipe_testbed import CompositionSet, Testbed
 from loraweave.training.learn import learns
 
-SETTINGS, PICTURES = "testbed.json", "pictures.jsonl"
+SETTINGS, PICTURES, SCORES = "testbed.json", "pictures.jsonl", "alignment.json"
 
 
-def paint(recipe: Recipe, out: str | Path, ids: Sequence[str] = (), limit: int | None = None) -> None:
+def paint(
+    recipe: Recipe,
+    out: str | Path,
+    ids: Sequence[str] = (),
+    limit: int | None = None,
+    *,
+    clip: str | None = None,
+    dino: str | None = None,
+) -> None:
     """Paint every chosen set by every method, with every prompt and seed; what is there stays.
+
+    With ``clip`` (folder or hub id, with ``dino`` beside it) the pictures are scored too, and the table is printed.
 
     Raises:
         LoraweaveError: no test bed, something cannot be read, or ``out`` has pictures with other settings.
@@ -48,6 +61,32 @@ def paint(recipe: Recipe, out: str | Path, ids: Sequence[str] = (), limit: int |
     rows = [row for one in chosen for row in _rows(testbed, one, jobs[one], out)]
     write_text_atomic(out / PICTURES, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(f"{out / PICTURES}: {len(rows)} rows; try: loraweave judge {out / PICTURES} -o {out / 'judged'} --dry-run")
+    if clip is not None:
+        _score(recipe, testbed, out, clip, dino)
+
+
+def _score(recipe: Recipe, testbed: Testbed, out: Path, clip: str, dino: str | None) -> None:
+    from loraweave.evaluation.alignment import alignment
+    from loraweave.evaluation.image_metrics import Clip, Dino
+    from loraweave.reporting.published import published_table
+
+    found = alignment(out / PICTURES, testbed, Clip(clip), None if dino is None else Dino(dino))
+    results = {**found, "clip": clip, "dino": dino, "recipe": recipe.to_dict()}
+    write_json_atomic(out / SCORES, results)
+    console = Console()
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("")
+    for method in found["scores"]:
+        table.add_column(method, justify="right")
+    rows = {name: [of[name] for of in found["scores"].values()] for name in next(iter(found["scores"].values()))}
+    if found["distinctness"]:
+        rows["distinctness"] = [of["mean"] for of in found["distinctness"].values()]
+    for name, values in rows.items():
+        table.add_row(name, *(f"{value:.3f}" for value in values))
+    console.print(table)
+    if (beside := published_table(results)) is not None:
+        console.print(beside)
+    print(f"{out / SCORES}: every number")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +119,7 @@ def _rows(testbed: Testbed, one: CompositionSet, jobs: Sequence[_Job], out: Path
     for job in jobs:
         new = {
             "id": job.row,
+            "set": one.id,
             "elements": testbed.described(one),
             "prompt": job.prompt,
             "seed": job.seed,

@@ -29,14 +29,16 @@ def published_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not published:
         return []
     printed = published["scores"]
-    ours = {m: {task: spread["mean"] for task, spread in tasks.items()} for m, tasks in results["scores"].items()}
-    ours[OWN] = results["own"]
+    ours = {method: {task: _value(of) for task, of in tasks.items()} for method, tasks in results["scores"].items()}
+    ours[OWN] = results.get("own", {})
+    # Alignments with texts and with pictures have no common mean.
+    averaged = "retention" in results
     columns = [c for c in dict.fromkeys(c for scores in printed.values() for c in scores) if c != AVERAGE]
     rows = []
     for column in [*columns, AVERAGE]:
         for method, scores in printed.items():
             here = ours.get(method, {}).get(column)
-            if column == AVERAGE and ours.get(method):
+            if averaged and column == AVERAGE and ours.get(method):
                 here = statistics.fmean(ours[method].values())
             rows.append({"column": column, "method": method, PAPER: scores.get(column), HERE: here})
     return rows
@@ -57,12 +59,20 @@ def published_table(results: Mapping[str, Any]) -> Table | None:
     for method in methods:
         for side in (PAPER, HERE):
             table.add_column(Text(f"{method}\n{side}"), justify="right", overflow="fold")
+    # Cosines, or percentages.
+    figures = [row[side] for row in rows for side in (PAPER, HERE) if row[side] is not None]
+    digits = 3 if max(map(abs, figures), default=0.0) < 2 else 1
     for column in dict.fromkeys(row["column"] for row in rows):
-        cells = [_text(row[side]) for row in rows if row["column"] == column for side in (PAPER, HERE)]
+        cells = [_text(row[side], digits) for row in rows if row["column"] == column for side in (PAPER, HERE)]
         if any(cell != "-" for cell in cells):
             table.add_row(Text(column), *cells)
     return table
 
 
-def _text(value: float | None) -> str:
-    return "-" if value is None else f"{value:g}" if abs(value) < 2 else f"{value:.1f}"
+def _value(score: Any) -> float:
+    """A spread over seeds, or a number."""
+    return float(score["mean"] if isinstance(score, Mapping) else score)
+
+
+def _text(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
