@@ -10,6 +10,7 @@ from loraweave.cli.verb import Verb
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file; its 'compare' lists the methods")
     parser.add_argument("-o", "--out", metavar="DIR", required=True, help="where results, picture and mixture go")
+    parser.add_argument("--small", action="store_true", help="the recipe's small form: section 'small'")
     parser.add_argument(
         "overrides", metavar="FIELD=VALUE", nargs="*", help="recipe fields to set, e.g. train.seeds=[0,1]"
     )
@@ -19,7 +20,7 @@ def _run(options: argparse.Namespace) -> None:
     from loraweave.cli.comparing import compare
     from loraweave.recipe import load_recipe
 
-    compare(load_recipe(options.recipe, options.overrides), options.out)
+    compare(load_recipe(options.recipe, options.overrides, small=options.small), options.out)
 
 
 VERB = Verb(

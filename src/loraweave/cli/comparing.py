@@ -23,6 +23,7 @@ from loraweave.files import check_replaceable, replace_folder_atomic, write_json
 from loraweave.policies import Sum
 from loraweave.recipe import Contender, Contestant, Recipe
 from loraweave.reporting.plots import heat_maps
+from loraweave.reporting.published import published_table
 from loraweave.reporting.tables import results_table
 from loraweave.training.learn import learn, learns
 
@@ -58,6 +59,8 @@ def compare(recipe: Recipe, out: str | Path) -> dict[str, Any]:
     console = Console()
     console.print()
     console.print(results_table(results))
+    if (beside := published_table(results)) is not None:
+        console.print(beside)
     said = (
         f"{Path(out) / RESULTS}: every number",
         f"{Path(out) / PICTURE}: what {kept} gives to each expert, at each site",
