@@ -99,7 +99,10 @@ class Cells:
             from safetensors.torch import save_file
 
             with atomic_path(path.with_suffix(".safetensors")) as temporary:
+                mode = temporary.stat().st_mode
                 save_file({n: p.detach().cpu().contiguous() for n, p in gates.items()}, temporary)
+                # The safetensors library makes its files private; machines may share these.
+                temporary.chmod(mode)
         content = {"format": FORMAT, "fingerprint": fingerprint(cell.key), **asdict(cell)}
         write_json_atomic(path, content)
 

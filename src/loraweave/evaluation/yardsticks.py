@@ -175,7 +175,56 @@ class BestSingle:
         return standing_in(setting, self.stand_ins(setting), Learned("", tried, tried * len(setting.examples)))
 
 
-YARDSTICKS: dict[str, type[Any]] = {kind.name: kind for kind in (FreshLoRA, RandomLoRAs, BestSingle)}
+@dataclass(frozen=True)
+class XLoRA:
+    """X-LoRA as peft has it (Buehler & Buehler 2024), trained on the very examples and steps that methods have.
+
+    A classifier reads the bare model's last hidden states and gives each expert a weight per token. Decoder-only models
+    whose body is called ``model`` (Llama, Qwen, Mistral ...); other ones are refused.
+
+    Args:
+        learning_rate: of the classifier, at its highest; it falls linearly to zero.
+        depth: layers of the classifier.
+        layerwise: weights of their own for every module, instead of one for all.
+        softmax: weights share a total of one; else they are the classifier's bare outputs.
+        scale: multiplies every expert.
+    """
+
+    learning_rate: float = 1e-3
+    depth: int = 1
+    layerwise: bool = False
+    softmax: bool = True
+    scale: float = 1.0
+
+    name: ClassVar[str] = "xlora"
+    source: ClassVar[str] = "https://arxiv.org/abs/2402.07148"
+
+    def __post_init__(self) -> None:
+        checks.finite(self.name, "learning_rate", self.learning_rate, above=0)
+        checks.whole(self.name, "depth", self.depth)
+        checks.finite(self.name, "scale", self.scale)
+
+    @contextmanager
+    def contest(self, setting: Setting) -> Iterator[Ready]:
+        """As :class:`Yardstick` has it.
+
+        Raises:
+            LoraweaveError: see :func:`loraweave.integrations.xlora.check`.
+        """
+        from loraweave.integrations.xlora import wrapped
+
+        options = {
+            "xlora_depth": self.depth,
+            "layerwise_scalings": self.layerwise,
+            "enable_softmax": self.softmax,
+            "global_scaling_weight": self.scale,
+        }
+        with wrapped(setting.model, setting.experts, setting.seed, **options) as model:
+            fit(model, setting, self.learning_rate)
+            yield Ready(model, setting.taught())
+
+
+YARDSTICKS: dict[str, type[Any]] = {kind.name: kind for kind in (FreshLoRA, RandomLoRAs, BestSingle, XLoRA)}
 
 
 def scrambled(expert: Expert, generator: torch.Generator) -> Expert:

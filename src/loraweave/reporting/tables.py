@@ -53,9 +53,9 @@ def results_table(
 def summary_table(results: Mapping[str, Any], *, title: str | None = None) -> Table:
     """A table to print: methods as rows; mean score and retention, the difference to the best rival, and costs.
 
-    Best first. The difference is in retention, with its 95 % interval; ``*`` where that leaves out 0. Times are means
-    over seeds: of training, and of answering one item; ``evaluations`` are optimizer steps, or weightings that a search
-    tried; memory is the process's, the model included, on the GPU where one was used.
+    Best first. ``score`` is the mean over tasks. The difference is in retention, with its 95 % interval; ``*`` where
+    that leaves out 0. Times are means over seeds: of training, and of answering one item; ``evals`` are optimizer
+    steps, or weightings that a search tried; memory is the process's with the model, on the GPU where one was used.
 
     Args:
         results: ``results.json``, with ``differences`` and ``costs``.
@@ -66,19 +66,12 @@ def summary_table(results: Mapping[str, Any], *, title: str | None = None) -> Ta
     """
     table = _empty("method", SUMMARY, title)
     for row in summary_rows(results):
-        table.add_row(*(Text(cell, no_wrap=True) for cell in row))
+        # Only the interval may be broken, behind the difference.
+        table.add_row(*(Text(cell, no_wrap=n != 3) for n, cell in enumerate(row)))
     return table
 
 
-SUMMARY = (
-    "mean score",
-    "retention",
-    "to best rival [95 %]",
-    "training s",
-    "evaluations",
-    "ms/item",
-    "memory GB",
-)
+SUMMARY = ("score", "retention", "to best rival", "train s", "evals", "ms/item", "GB")
 
 
 def summary_rows(results: Mapping[str, Any]) -> list[list[str]]:
@@ -108,8 +101,8 @@ def _summary(results: Mapping[str, Any], method: str) -> list[str]:
 def _difference(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return "-"
-    clear = BEST if found["low"] > 0 or found["high"] < 0 else " "
-    return f"{found['difference']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]{clear}"
+    clear = BEST if found["low"] > 0 or found["high"] < 0 else ""
+    return f"{found['difference']:+.2f} [{found['low']:+.2f},\u00a0{found['high']:+.2f}]{clear}"
 
 
 def to_markdown(results: Mapping[str, Any], *, deviations: bool = True) -> str:
