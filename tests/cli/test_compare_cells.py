@@ -94,15 +94,15 @@ def test_what_was_cut_off_goes_on(
         return predict(*arguments, **options)
 
     monkeypatch.setattr(contest, "predict", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        main(command(recipe, out))
+    assert main(command(recipe, out)) == 130
     assert not (out / "results.json").exists()
     kept = cells(out)
     assert len(kept) == after
     assert main(command(recipe, out)) == 0
     assert results(out) == results(whole)
     assert kept.items() <= cells(out).items(), "a cell was made twice"
-    assert set(cells(out)) == set(cells(whole))
+    assert len(cells(out)) == EVERY
+    assert set(cells(out)) <= set(cells(whole))
     assert (out / "mixture" / "gates.safetensors").read_bytes() == (
         whole / "mixture" / "gates.safetensors"
     ).read_bytes()

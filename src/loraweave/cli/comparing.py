@@ -110,6 +110,7 @@ def _results(contest: Contest, cells: Sequence[Cell], seconds: float) -> dict[st
         "recipe": contest.recipe.to_dict(),
         "kept": contest.kept,
         "costs": costs(cells),
+        "cells": [contest.cells.path(cell.method, cell.seed, cell.key).name for cell in cells],
     }
     results = summarise(runs, own, seconds=spent, extra=extra)
     items: dict[str, list[Any]] = {}

@@ -65,6 +65,9 @@ def summary_table(results: Mapping[str, Any], *, title: str | None = None) -> Ta
         LoraweaveError: ``results`` is from an earlier version and lacks them.
     """
     table = _empty("method", SUMMARY, title)
+    # Narrow gaps, so that intervals have room in 80 columns.
+    table.padding = (0, 0, 0, 0)
+    table.columns[3].min_width = 15
     for row in summary_rows(results):
         # Only the interval may be broken, behind the difference.
         table.add_row(*(Text(cell, no_wrap=n != 3) for n, cell in enumerate(row)))
@@ -102,7 +105,7 @@ def _difference(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return "-"
     clear = BEST if found["low"] > 0 or found["high"] < 0 else ""
-    return f"{found['difference']:+.2f} [{found['low']:+.2f},\u00a0{found['high']:+.2f}]{clear}"
+    return f"{found['difference']:+.2f} [{found['low']:+.2f},{found['high']:+.2f}]{clear}"
 
 
 def to_markdown(results: Mapping[str, Any], *, deviations: bool = True) -> str:
