@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from loraweave.errors import LoraweaveError
 from loraweave.evaluation.comparison import SINGLE
@@ -23,6 +23,8 @@ PAGE = "report.html"
 _COLOURS = 8
 # Numbers stand in the cells of a heat map where it has no more columns than this.
 _NUMBERED = 14
+# More single experts than this are not all shown.
+_SINGLES = 12
 _LARGEST_PICTURE = 32_000_000
 
 
@@ -62,6 +64,7 @@ def render(run: Path) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
+    environment.filters["breakable"] = _breakable
     title = run.resolve().name
     return environment.from_string(template).render(title=title, runs=runs, scaling=scaling_curves(runs))
 
@@ -110,7 +113,8 @@ def _run(folder: Path, whole: Path) -> dict[str, Any] | None:
 
 def _comparison(folder: Path, results: Mapping[str, Any]) -> dict[str, Any]:
     recipe = results["recipe"]
-    weights = _json(folder / "weights.json")
+    weights, scores = _json(folder / "weights.json"), _scores(results)
+    shown = _few(scores)
     cells = [cell for name in results["cells"] if (cell := _json(folder / "cells" / Path(name).name)) is not None]
     return {
         "results": results,
@@ -118,7 +122,8 @@ def _comparison(folder: Path, results: Mapping[str, Any]) -> dict[str, Any]:
         "facts": _facts(results),
         "summary": _summary(results),
         "tasks": list(results["metrics"]),
-        "scores": _scores(results),
+        "scores": shown,
+        "hidden": len(scores) - len(shown),
         "heat": None if weights is None else _heat(weights),
         "training": [curves for method in results["scores"] if (curves := _curves(method, cells)) is not None],
         "recipe": json.dumps(recipe, indent=2, ensure_ascii=False),
@@ -173,6 +178,18 @@ def _scores(results: Mapping[str, Any]) -> list[dict[str, Any]]:
             )
         rows.append({"name": method, "single": method not in competing, "cells": cells, "kept": kept[method]})
     return rows
+
+
+def _few(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without single experts where there are many, but for those with the highest score on some task."""
+    single = [row for row in rows if row["single"]]
+    if len(single) <= _SINGLES:
+        return list(rows)
+    leaders = {
+        max(range(len(single)), key=lambda n: single[n]["cells"][task]["share"])
+        for task in range(len(rows[0]["cells"]))
+    }
+    return [*(row for row in rows if not row["single"]), *(single[n] for n in sorted(leaders))]
 
 
 def _heat(weights: Mapping[str, Any]) -> dict[str, Any]:
@@ -266,6 +283,11 @@ def _json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise LoraweaveError(f"{path}: cannot be read ({error})") from error
+
+
+def _breakable(name: str) -> Markup:
+    """A name that may be broken at its joints, where a column is narrow."""
+    return escape(name).replace("_", Markup("_<wbr>")).replace("/", Markup("/<wbr>"))
 
 
 def _colour(number: int) -> str:
