@@ -91,6 +91,12 @@ def _table() -> dict[str, Scenario]:
     table = {
         "forward": Scenario("core", "batch {0.batch} x {0.length}", "bare", forward, CORE),
         "generate, batch 1": Scenario("core", tokens, "bare", partial(generate, rows=1, slow_rounds=3), CORE),
+        "generate, batch 2 x 256": Scenario(
+            *("core", tokens, "bare", partial(generate, rows=2)),
+            ("bare", "floor", "peft all", "peft X-LoRA", "sum", "mole block"),
+            {"prompt": 256},
+            rounds=3,
+        ),
         "train": Scenario("core", "forward, backward and AdamW, batch {0.batch} x {0.length}", "peft LoRA", train),
         "generate, batch 8": Scenario("decode", tokens, "bare", partial(generate, rows=8), CORE),
     }
