@@ -25,7 +25,7 @@ test: lint  ## lint, types and the test suite, without the slow tests
 	$(PYTEST) -n $(WORKERS)
 
 test-slow: $(STAMP)  ## the tests that take longer than a few seconds each
-	$(PYTEST) -m slow || [ $$? -eq 5 ]  # 5: there are none
+	$(PYTEST) -n $(WORKERS) -m slow || [ $$? -eq 5 ]  # 5: there are none
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check

@@ -38,7 +38,7 @@ def test_the_suite_times_every_contender_and_writes_its_tables(tmp_path: Path) -
         assert tuple(scenario["contenders"]) == SCENARIOS[name].contenders
         assert scenario["arithmetic"]["ratio"] > 1
         assert all(len(c["seconds"]) == 1 and c["seconds"][0] > 0 for c in scenario["contenders"].values())
-    assert len(written["checks"]) == 4 + 4 + 2
+    assert len(written["checks"]) == 4 + 4 + 4 + 2
     assert all(name in output.with_suffix(".md").read_text() for name in NAMES)
 
 
