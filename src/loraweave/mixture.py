@@ -16,17 +16,17 @@ from loraweave.errors import LoraweaveError, unknown
 from loraweave.experts.resolve import resolve_experts
 from loraweave.experts.types import Expert
 from loraweave.integrations.host import Host, open_host
-from loraweave.mixing import numerics
 from loraweave.mixing.anatomy import Anatomy
-from loraweave.mixing.attach import Attachment, attach_layers, features
-from loraweave.mixing.blocks import BlockMixer
+from loraweave.mixing.attach import Attachment, attach_layers
+from loraweave.mixing.blocks import BlockMixer, mix_blocks
 from loraweave.mixing.denoiser import Stage
 from loraweave.mixing.exclusion import Exclusion, exclusively, guard
 from loraweave.mixing.layer import MixingLayer
 from loraweave.mixing.record import Record
-from loraweave.mixing.site import Site, group
+from loraweave.mixing.site import Site
+from loraweave.mixing.sites import build_sites, constant_weights
 from loraweave.mixing.stream import Stream, open_doors
-from loraweave.mixing.types import Policy, SitePlan
+from loraweave.mixing.types import Policy
 from loraweave.transforms import fold as folding
 
 Source = str | Path | Expert
@@ -199,7 +199,7 @@ class Mixture:
     def _mask(self, kept: Tensor | None) -> None:
         before, self._kept = self._kept, kept
         try:
-            constants = [self._constant_weights(self._policy, site.plan) for site in self.sites]
+            constants = [constant_weights(self._policy, site.plan, self._kept) for site in self.sites]
             self._stage.check(self._policy, self.experts, kept)
         except LoraweaveError:
             self._kept = before
@@ -216,17 +216,6 @@ class Mixture:
             for layer in site.layers:
                 layer.fix(None if site.driven else weights)
         self._stage.set(self._policy, self.sites, self._kept)
-
-    def _constant_weights(self, policy: Policy, plan: SitePlan) -> Tensor | None:
-        weights = policy.constant(plan)
-        if weights is None or self._kept is None:
-            return weights
-        if not policy.normalized:
-            return weights * self._kept
-        if float((weights * self._kept).sum()) == 0:
-            kept = ", ".join(name for name, keep in zip(self.experts, self._kept, strict=True) if keep)
-            raise LoraweaveError(f"the experts kept ({kept}) have weight 0 at {plan.name}; nothing would be left")
-        return numerics.renormalize(weights, self._kept)
 
     # ---------------------------------------------------------------- batches and threads
 
@@ -378,63 +367,16 @@ class Mixture:
 
     def _install(self, policy: Policy) -> None:
         """Put a policy's sites in the place of the present ones; whatever may fail is done first."""
-        sites = self._build(policy)
-        constants = [self._constant_weights(policy, site.plan) for site in sites]
+        sites = build_sites(self._attached().layers, self._anatomy, self._streams, self.experts, policy)
+        constants = [constant_weights(policy, site.plan, self._kept) for site in sites]
         self._stage.check(policy, self.experts, self._kept)
         self._uninstall()
         self._policy, self.sites = policy, sites
         for site in sites:
             site.bind()
         if policy.mix == "outputs":
-            self._mix_blocks()
+            self._mixers = mix_blocks(self.model, sites)
         self._apply_mask(constants)
-
-    def _build(self, policy: Policy) -> tuple[Site, ...]:
-        layers = self._attached().layers
-        places = [self._anatomy.place(path) for path in layers]
-        streams = {spec.name: spec for spec in self._anatomy.streams}
-        sites = []
-        for name, members in group(places, policy.granularity, getattr(policy, "reads_ahead", False)).items():
-            leader, spec = layers[members[0].path], streams[members[0].stream]
-            width = features(leader.base)
-            assert width is not None
-            plan = SitePlan(
-                name=name,
-                stream=spec.name,
-                members=tuple(place.path for place in members),
-                block=members[0].block,
-                bank=leader.bank,
-                causal=spec.causal,
-                prompted=spec.prompted,
-                features=width,
-                experts=self.experts,
-                width=self._anatomy.width,
-                ahead=any(place.stream != members[0].stream for place in members),
-                spatial=spec.spatial,
-            )
-            site = Site(plan, layers, self._streams[spec.name])
-            site.gate = policy.gate(plan)
-            if site.gate is None and self._anatomy.staging is None and policy.constant(plan) is None:
-                raise LoraweaveError(
-                    f"the method {policy.name!r} follows the steps of a denoising run; attach to a diffusers pipeline"
-                )
-            sites.append(site)
-        check = getattr(policy, "check", None)
-        if check is not None:
-            check([site.plan for site in sites])
-        return tuple(sites)
-
-    def _mix_blocks(self) -> None:
-        by_block: dict[str, list[Site]] = {}
-        for site in self.sites:
-            if site.plan.block is not None:
-                by_block.setdefault(site.plan.block, []).append(site)
-        for path, sites in by_block.items():
-            # Keys and values of cross-attention follow the block's own gate.
-            for follower in sites[1:]:
-                follower.leader._modules.pop("gate", None)
-                follower.gate = None
-            self._mixers.append(BlockMixer(self.model.get_submodule(path), sites[0], sites[1:]))
 
     def _uninstall(self) -> None:
         for mixer in self._mixers:

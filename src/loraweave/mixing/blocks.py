@@ -105,3 +105,19 @@ class BlockMixer:
             handle.remove()
         for site in self.sites:
             site.drive(None)
+
+
+def mix_blocks(model: nn.Module, sites: Sequence[Site]) -> list[BlockMixer]:
+    """A mixer for each block that sites stand in, led by the block's first site."""
+    by_block: dict[str, list[Site]] = {}
+    for site in sites:
+        if site.plan.block is not None:
+            by_block.setdefault(site.plan.block, []).append(site)
+    mixers = []
+    for path, (lead, *followers) in by_block.items():
+        # Keys and values of cross-attention follow the block's own gate.
+        for follower in followers:
+            follower.leader._modules.pop("gate", None)
+            follower.gate = None
+        mixers.append(BlockMixer(model.get_submodule(path), lead, followers))
+    return mixers
