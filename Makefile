@@ -33,7 +33,7 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/mypy
 
 bench: $(STAMP)  ## time loraweave against its peers (benchmarks/speed)
-	$(BIN)/python benchmarks/speed/run.py
+	$(BIN)/python benchmarks/speed/run.py -o out/speed.json --resume
 
 clean:  ## remove the environment and all that was made
 	rm -rf $(VENV) out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
