@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.errors import LoraweaveError, unknown
-from loraweave.experts.weightfile import MIXABLE_DTYPES, PICKLES, open_tensors, pickle_refused, read_header
+from loraweave.experts.mapped import open_tensors
+from loraweave.experts.weightfile import MIXABLE_DTYPES, PICKLES, pickle_refused, read_header
 
 _SUFFIX = ".delta"
 Shifts = Mapping[str, Tensor]
@@ -34,17 +35,17 @@ def read_shifts(path: str | Path) -> dict[str, Tensor]:
     if not header.tensors:
         raise LoraweaveError(f"{path}: expected tensors named '<module>{_SUFFIX}', got none; is it an SVDiff file?")
     shifts = {}
-    with open_tensors(header) as read:
-        for key, info in header.tensors.items():
-            if not key.endswith(_SUFFIX) or len(info.shape) != 1 or info.dtype not in MIXABLE_DTYPES:
-                raise LoraweaveError(
-                    f"{path}: tensor {key[:120]!r} is {info.dtype} {list(info.shape)}, expected '<module>{_SUFFIX}', a "
-                    f"vector of {', '.join(MIXABLE_DTYPES)}; is it an SVDiff file?"
-                )
-            value = read(key).clone()
-            if not value.isfinite().all():
-                raise LoraweaveError(f"{path}: tensor {key[:120]!r} expected finite numbers, got NaN or infinity")
-            shifts[key.removesuffix(_SUFFIX)] = value
+    read = open_tensors(header)
+    for key, info in header.tensors.items():
+        if not key.endswith(_SUFFIX) or len(info.shape) != 1 or info.dtype not in MIXABLE_DTYPES:
+            raise LoraweaveError(
+                f"{path}: tensor {key[:120]!r} is {info.dtype} {list(info.shape)}, expected '<module>{_SUFFIX}', a "
+                f"vector of {', '.join(MIXABLE_DTYPES)}; is it an SVDiff file?"
+            )
+        value = read(key).clone()
+        if not value.isfinite().all():
+            raise LoraweaveError(f"{path}: tensor {key[:120]!r} expected finite numbers, got NaN or infinity")
+        shifts[key.removesuffix(_SUFFIX)] = value
     return shifts
 
 
@@ -75,7 +76,7 @@ def compose_shifts(experts: Sequence[Shifts], weights: Sequence[float] | None = 
 
 
 def shifted(weight: Tensor, delta: Tensor) -> Tensor:
-    """``U diag(relu(sigma + delta)) V^T`` (equation 2), computed in float64, in the weight's shape and dtype.
+    """``U diag(relu(sigma + delta)) V^T``, computed in float64, in the weight's shape and dtype.
 
     Args:
         weight: ``[out, in]``, a convolution's ``[out, in, k, k]`` (taken as ``[out, in*k*k]``), or a norm's ``[n]``
