@@ -85,7 +85,8 @@ def shifted(weight: Tensor, delta: Tensor) -> Tensor:
     """
     U, sigma, Vh = torch.linalg.svd(_matrix(weight).double(), full_matrices=False)
     moved = torch.relu(sigma + delta.to(sigma))
-    return ((U * moved) @ Vh).reshape(weight.shape).to(weight.dtype)
+    result: Tensor = ((U * moved) @ Vh).reshape(weight.shape).to(weight.dtype)
+    return result
 
 
 @contextmanager
