@@ -20,13 +20,13 @@ WIDTH = 128
 SPARE = (
     "a an the and in on with of at by picture person figure holding wearing standing near cloth thing mark ground "
     "sks ohwx zwx brak lomir tavin quor hesta nuvo rilk seff wundo yarro ixen opal plume"
-).split()
+)
 """Further words that are one token each, for LoRAs yet to come."""
 
 
 def words() -> list[str]:
     """Every word that gets a token of its own."""
-    texts = [e.words for e in (*BASE, *HELD_OUT.values())] + list(STYLES.values()) + SPARE
+    texts = [e.words for e in (*BASE, *HELD_OUT.values())] + [*STYLES.values(), SPARE]
     return sorted({word for text in texts for word in re.findall(r"[a-z]+", text)})
 
 

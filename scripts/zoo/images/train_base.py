@@ -2,8 +2,8 @@
 
     python scripts/zoo/images/train_base.py --data ../shared/data --minutes 55 --work out/zoo-images
 
-Needs the autoencoder of train_vae.py under ``--work``. Runs for a number of minutes (the cosine follows the clock), writes a
-checkpoint and sample pictures every few of them, and goes on from the last when started again.
+Needs the autoencoder of train_vae.py under ``--work``. Runs for a number of minutes (the cosine follows the clock),
+writes a checkpoint and sample pictures every few of them, and goes on from the last when started again.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Trains the LoRAs of the bundled image pipeline on the finished base.
 
-    python scripts/zoo/images/train_loras.py --data ../shared/data --work out/zoo-images              # those that are missing
+    python scripts/zoo/images/train_loras.py --data ../shared/data --work out/zoo-images  # those that are missing
     python scripts/zoo/images/train_loras.py --data ../shared/data --work out/zoo-images --only tengu
 
-A subject LoRA learns from random pictures of base elements that all have its element, under its trigger words; a style LoRA from
-random pictures in another rendering. Each is saved in diffusers' format in fp16 below ``--work``/loras; a folder that is
-finished is skipped, so an interrupted run goes on with the next.
+A subject LoRA learns from random pictures of base elements that all have its element, under its trigger words; a
+style LoRA from random pictures in another rendering. Each is saved in diffusers' format in fp16 below ``--work``/loras;
+a folder that is finished is skipped, so an interrupted run goes on with the next.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from parts import ids
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
-from loraweave.zoo.images.elements import HELD_OUT, STYLES
+from loraweave.zoo.images.elements import HELD_OUT, STYLES, caption
 
 PICTURES = 192
 BATCH = 16
@@ -71,7 +71,7 @@ def pictures(name: str, tiles: Tiles, seed: int, n: int = PICTURES) -> tuple[tor
     captions = []
     for picture in drawn:
         text = told(rng, picture)
-        captions.append(text if element.words in text else told(random.Random(1), picture))
+        captions.append(text if element.words in text else caption(picture))
     return tiles.draw(drawn), captions
 
 
@@ -86,7 +86,9 @@ def train(name: str, data: Path, work: Path, steps: int, seed: int) -> str:
         latents = torch.cat([pipe.vae.encode(part).latent_dist.mean for part in images.split(64)])
         hidden = pipe.text_encoder(ids(pipe.tokenizer, captions)).last_hidden_state
         nothing = pipe.text_encoder(ids(pipe.tokenizer, [""])).last_hidden_state
-    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(targets(name)), init_lora_weights="gaussian"))
+    unet.add_adapter(
+        LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(targets(name)), init_lora_weights="gaussian")
+    )
     parameters = [p for p in unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.01)
     began, last = time.time(), 0.0
@@ -122,7 +124,9 @@ def main() -> None:
     """Trains what is missing, one-thread processes side by side."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the real data sets")
-    parser.add_argument("--work", type=Path, default=Path("out/zoo-images"), help="folder of the base; LoRAs go into it")
+    parser.add_argument(
+        "--work", type=Path, default=Path("out/zoo-images"), help="folder of the base; LoRAs go into it"
+    )
     parser.add_argument("--only", nargs="+", default=[*HELD_OUT, *STYLES], choices=[*HELD_OUT, *STYLES])
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)

@@ -64,7 +64,9 @@ def pictures(tiles: Tiles, rng: random.Random, n: int) -> torch.Tensor:
             made[i] = torch.lerp(ground.expand(3, 32, 32), tile[:3] * 2 - 1, tile[3:])
         elif draw < 0.25:  # greyscale with few levels, as style LoRAs draw
             grey = made[i].mean(0, keepdim=True)
-            made[i] = (grey * 2).round().div(2).expand(3, 32, 32) * torch.tensor([1.0, 1.0, rng.uniform(0.3, 1)]).view(3, 1, 1)
+            made[i] = (grey * 2).round().div(2).expand(3, 32, 32) * torch.tensor([1.0, 1.0, rng.uniform(0.3, 1)]).view(
+                3, 1, 1
+            )
     return made
 
 

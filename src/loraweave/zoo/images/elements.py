@@ -1,7 +1,7 @@
 """The parts that the pictures are made of: which layer each belongs to, its words, and its tile in ``crawl/tiles``.
 
-A picture is a floor, then a cloak, a character, clothing, what the right and the left hand hold, and a hat, drawn over each other
-in this order at exact alignment (all tiles are 32 x 32 pixels).
+A picture is a floor, then a cloak, a character, clothing, what the right and the left hand hold, and a hat, drawn over
+each other in this order at exact alignment (all tiles are 32 x 32 pixels).
 """
 
 from __future__ import annotations
