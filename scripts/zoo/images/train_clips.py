@@ -2,7 +2,7 @@
 
     python scripts/zoo/images/train_clips.py --data ../shared/data --work out/zoo-images --minutes 4
 
-They differ in width, patch size, seed and pictures, so that what pleases one need not please the other. Both see all
+They differ in width, depth, seed and pictures, so that what pleases one need not please the other. Both see all
 elements, held-out ones under their trigger words. Half of the captions tell only a part of what is seen, so that
 phrases for single elements can be scored as well. The two run side by side, each in one thread.
 """
@@ -25,7 +25,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from loraweave.zoo.images.elements import BASE, HELD_OUT, by_layer, caption
 
 KINDS = {
-    "objective": {"width": 96, "layers": 3, "patch": 4, "seed": 11},
+    "objective": {"width": 96, "layers": 3, "patch": 8, "seed": 11},
     "metrics": {"width": 128, "layers": 2, "patch": 8, "seed": 12},
 }
 BATCH = 96

@@ -35,7 +35,7 @@ BATCH = 16
 LEARNING_RATE = 2e-3
 WARMUP_STEPS = 10
 NO_CAPTION = 0.1
-RANK = 8
+RANK = 4  # with 8, the zoo is larger than 25 MB
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 WIDE = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "conv1", "conv2")
 """Targets of LoRAs that must draw new shapes or colours rather than arrange known ones."""
