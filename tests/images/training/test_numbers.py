@@ -149,7 +149,7 @@ def test_denoising_loss_by_hand(kind: str, prediction: str, taught: Any, attach:
             t = (torch.special.ndtr(torch.randn((), generator=generator)) * 1000).long()[None]
             told = {"encoder_hidden_states": pipe.encode_prompt(prompt, "cpu", 1, False)[0]}
             if kind == "sdxl":
-                text, _, pooled, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False)
+                text, _, pooled, _ = pipe.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)
                 ids = torch.tensor([[16, 16, 0, 0, 16, 16]]).double()
                 told = {"encoder_hidden_states": text, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": ids}}
             said = pipe.unet(ddpm.add_noise(x, noise, t), t, **told).sample
