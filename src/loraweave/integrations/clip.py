@@ -28,9 +28,7 @@ class Clip(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self, model: Any, tokenizer: Any, mean: Sequence[float] = _MEAN, std: Sequence[float] = _STD
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: Any, mean: Sequence[float] = _MEAN, std: Sequence[float] = _STD) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer

@@ -130,7 +130,13 @@ def _sigma(scheduler: Any, timestep: Any) -> Tensor | None:
 
 
 def estimated_pictures(
-    pipe: Any, scheduler: Any, prompts: Sequence[str], *, until: float, generators: Sequence[Any], call: Mapping[str, Any]
+    pipe: Any,
+    scheduler: Any,
+    prompts: Sequence[str],
+    *,
+    until: float,
+    generators: Sequence[Any],
+    call: Mapping[str, Any],
 ) -> Tensor:
     """Pictures as the pipeline expects them at one step of its run, with gradient through that step and the decoder.
 

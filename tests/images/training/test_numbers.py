@@ -87,7 +87,9 @@ def test_clip_losses_by_hand(taught: Any, attach: Any) -> None:
     mixture = attach(pipe, files, lw.MoLE())
     boxes = {"coat": (0.5, 0.0, 1.0, 0.5)}
     references = {"hero": [lessons.picture(1), lessons.picture(2)], "coat": "coat"}
-    options = lessons.guidance(concepts=references, boxes=boxes, global_weight=0.7, local_weight=0.3, crop_size=(0.5, 0.5))
+    options = lessons.guidance(
+        concepts=references, boxes=boxes, global_weight=0.7, local_weight=0.3, crop_size=(0.5, 0.5)
+    )
     lesson = options.lesson(mixture, lessons.PROMPTS, CPU)
     draws = [Draw(5, 9, 1), Draw(6, 9, 0)]
     painted = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
