@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import pipes
 from typing import Any
 
-import pipes
 import pytest
 import torch
 from torch.testing import assert_close

@@ -114,7 +114,7 @@ def is_flow(scheduler: Any) -> bool:
 
 
 def _scales_input(scheduler: Any) -> bool:
-    """Whether samples are ``x0 + s noise``: Euler, Heun, KDPM2, LMS; DPM-Solver++ and UniPC scale samples themselves."""
+    """Whether samples are ``x0 + s noise``: Euler, Heun, KDPM2, LMS; DPM-Solver++ and UniPC scale samples too."""
     return not hasattr(scheduler, "_sigma_to_alpha_sigma_t")
 
 
@@ -265,7 +265,7 @@ class _EnoughError(Exception):
 
 @torch.no_grad()
 def encoded(pipe: Any, pictures: Tensor) -> Tensor:
-    """Pictures ``[rows, 3, height, width]`` between 0 and 1 -> latents as denoisers know them, the means of the VAE's."""
+    """Pictures ``[rows, 3, height, width]`` between 0 and 1 -> latents as denoisers know them, the VAE's means."""
     vae = pipe.vae
     upcast = bool(vae.config.get("force_upcast")) and vae.dtype == torch.float16
     before = vae.dtype

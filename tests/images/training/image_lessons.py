@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import pipes
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pipes
 import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import pipes
 from typing import Any
 
 import diffusers
 import image_lessons as lessons
-import pipes
 import pytest
 import torch
 from torch.testing import assert_close
@@ -69,7 +70,7 @@ def test_a_run_without_guidance_by_hand(taught: Any, attach: Any) -> None:
         pipe, runs.scheduler_named(pipe, None), ["hero"], until=0.5, generators=[generator], call=call
     )
     assert found.requires_grad
-    scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(3)
     with torch.no_grad():
         ids = pipe.tokenizer("hero", padding="max_length", max_length=12, return_tensors="pt").input_ids
@@ -149,8 +150,9 @@ def test_denoising_loss_by_hand(kind: str, prediction: str, taught: Any, attach:
             x = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
             noise = torch.randn(4, 8, 8, generator=generator).double()[None]
             t = (torch.special.ndtr(torch.randn((), generator=generator)) * 1000).long()[None]
-            told = {"encoder_hidden_states": pipe.encode_prompt(prompt, "cpu", 1, False)[0]}
-            if kind == "sdxl":
+            if kind == "sd15":
+                told = {"encoder_hidden_states": pipe.encode_prompt(prompt, "cpu", 1, False)[0]}
+            else:
                 text, _, pooled, _ = pipe.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)
                 ids = torch.tensor([[16, 16, 0, 0, 16, 16]]).double()
                 told = {"encoder_hidden_states": text, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": ids}}

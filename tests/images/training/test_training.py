@@ -89,7 +89,7 @@ def test_bad_input_is_one_line(taught: Any, attach: Any, tmp_path: Path) -> None
         with pytest.raises(lw.LoraweaveError, match=message) as caught:
             lessons.train(mixture, data, objective)
         assert "\n" not in str(caught.value)
-    with pytest.raises(lw.LoraweaveError, match="use lw.train_images"):
+    with pytest.raises(lw.LoraweaveError, match=r"use lw\.train_images"):
         lw.train(mixture, [{"input": "a", "target": "b"}])
     mixture.policy = lw.Sum()
     with pytest.raises(lw.LoraweaveError, match="nothing to train: a 'sum' policy"):

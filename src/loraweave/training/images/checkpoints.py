@@ -82,7 +82,7 @@ def read(folder: Path, mixture: Mixture, settings: dict[str, Any]) -> tuple[dict
         before = progress.settings.get(name)
         if before != value:
             raise LoraweaveError(
-                f"{place}: this run had {name}={before!r}, got {value!r}; resume with the same, or choose another folder"
+                f"{place}: this run had {name}={before!r}, got {value!r}; resume with the same, or in another folder"
             )
     persistence.load_gates(mixture, place)
     return state, progress

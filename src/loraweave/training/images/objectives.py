@@ -54,8 +54,8 @@ class ClipGuidance:
 
     Args:
         clip: folder or hub id of a CLIP model, or a :class:`loraweave.integrations.clip.Clip`.
-        concepts: expert -> a phrase, or a folder of reference pictures, or a list of pictures; default: the trigger words
-            in the experts' files.
+        concepts: expert -> a phrase, or a folder of reference pictures, or a list of pictures; default: the trigger
+            words in the experts' files.
         global_weight, local_weight: of the two losses.
         crops: how many random squares of a picture are looked at for concepts without a box.
         crop_size: smallest and largest side of the crops, as fractions of the picture's.
@@ -102,7 +102,7 @@ class ClipGuidance:
 
     @classmethod
     def paper(cls, clip: Any, **options: Any) -> ClipGuidance:
-        """50 DDPM steps and guidance scale 7.5 (MoLE, section 4.1); train with ``**loraweave.training.images.PAPER``."""
+        """50 DDPM steps and guidance scale 7.5 (MoLE, section 4.1), with ``**loraweave.training.images.PAPER``."""
         return cls(clip, **{"steps": 50, "guidance": 7.5, "scheduler": "DDPMScheduler", **options})
 
     def lesson(self, mixture: Mixture, data: Any, device: torch.device) -> Lesson:
@@ -233,8 +233,8 @@ def _concepts(options: ClipGuidance, mixture: Mixture) -> dict[str, Any]:
 class Denoising:
     """The denoiser's own training objective on the concepts' pictures: mean squared error of its prediction.
 
-    Timesteps are uniform, of flows logit-normal (Stable Diffusion 3); the target is what the scheduler's prediction type
-    says: noise, velocity, or noise minus picture. Prompts are encoded under the mixture, without guidance.
+    Timesteps are uniform, of flows logit-normal (Stable Diffusion 3); the target is what the scheduler's prediction
+    type says: noise, velocity, or noise minus picture. Prompts are encoded under the mixture, without guidance.
 
     Args:
         size: height and width that pictures are brought to; default: the first picture's, in multiples of 8.
