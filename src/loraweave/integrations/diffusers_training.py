@@ -104,7 +104,8 @@ def clean_estimate(scheduler: Any, prediction: Tensor, timestep: Any, sample: Te
         clean = v
     else:
         raise LoraweaveError(f"scheduler {type(scheduler).__name__}: unknown prediction type {kind!r}")
-    return clean.to(sample.dtype)
+    found: Tensor = clean.to(sample.dtype)
+    return found
 
 
 def is_flow(scheduler: Any) -> bool:
@@ -274,7 +275,8 @@ def encoded(pipe: Any, pictures: Tensor) -> Tensor:
     found: Tensor = vae.encode((pictures * 2 - 1).to(vae.device, vae.dtype)).latent_dist.mean
     if upcast:
         vae.to(before)
-    return (found - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
+    scaled: Tensor = (found - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
+    return scaled
 
 
 def noised(pipe: Any, latents: Tensor, noise: Tensor, u: Tensor) -> Noised:
@@ -356,4 +358,5 @@ def _denoiser(pipe: Any) -> Any:
 
 def _undecorated(pipe: Any) -> Callable[..., Any]:
     """The pipeline's call without its ``torch.no_grad``."""
-    return inspect.unwrap(type(pipe).__call__)
+    call: Callable[..., Any] = inspect.unwrap(type(pipe).__call__)
+    return call

@@ -38,7 +38,8 @@ class Draw:
 class Lesson(Protocol):
     """An objective made ready for one mixture and its data."""
 
-    prompts: Sequence[str]
+    @property
+    def prompts(self) -> Sequence[str]: ...
 
     def loss(self, draws: Sequence[Draw]) -> Tensor:
         """The mean loss of a batch, a scalar with gradient."""
@@ -140,7 +141,8 @@ class _Guided:
         opened = [gallery.pixels(gallery.open_picture(p, f"concepts: {name!r}"), side) for p in found]
         with torch.no_grad():
             mean = self.clip.pictures(torch.stack(opened)).mean(0)
-        return mean / mean.norm()
+        unit: Tensor = mean / mean.norm()
+        return unit
 
     def loss(self, draws: Sequence[Draw]) -> Tensor:
         options = self.options
