@@ -39,6 +39,7 @@ GATED: dict[str, Any] = {
 # Learned, and the same for every input.
 STATIC: dict[str, Any] = {
     "cat": lw.CAT(),
+    "cat-softmax": lw.CAT(softmax=True),
     "cat-block": lw.CAT(granularity="block", start=0.8),
 }
 # They read the input and learn nothing.

@@ -1,9 +1,10 @@
 """What the documentation shows works: every ``python`` and ``console`` block of the README and of docs/ runs, offline.
 
 Python blocks of one file share a namespace, as a reader would type them one after the other. Of console blocks the
-lines ``$ loraweave ...`` run, in this process. Both run in one empty folder per file (with ``examples/`` in it), in the
-order in which they stand. A block that cannot run here has ``<!-- skip: why -->`` on the line above it; one that only
-prepares the next stands inside ``<!-- ... -->``, where readers do not see it. Other languages are not run.
+lines ``$ loraweave ...`` run, in this process. Both run in one empty folder per file (with ``examples/`` and
+``recipes/`` in it), in the order in which they stand. A block that cannot run here has ``<!-- skip: why -->`` on the
+line above it; one that only prepares the next stands inside ``<!-- ... -->``, where readers do not see it. Other
+languages are not run.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         pytest.skip("no block to run: " + ("; ".join(f"{b.line}: {b.skip}" for b in found) or "it has none"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for folder in ("examples", "recipes"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     names: dict[str, object] = {"__name__": "__main__"}
     for block in runnable:
         if block.language == "python":

@@ -148,7 +148,11 @@ DAMAGE: dict[str, tuple[Change, str]] = {
     "expert gone": (lambda m: m["experts"][1].update(source="/nowhere/bee"), "nowhere/bee"),
     "outside": (lambda m: m["experts"][1].update(source="experts/../../../etc"), "outside of the mixture's own"),
     "other granularity": (lambda m: m["method"].update(granularity="matrix"), "these gates are not for this mixture"),
-    "other form": (lambda m: m["method"].update(gate_form="full"), r"has the shape \[\d+, 3\], this mixture needs"),
+    "other form": (lambda m: m["method"].update(gate_form="full"), "these gates are not for this mixture"),
+    "other evidence": (
+        lambda m: m["method"].update(evidence="hidden"),
+        r"has the shape \[\d+, 3\], this mixture needs",
+    ),
     "blocks a text": (lambda m: m.update(blocks="x"), "blocks: expected list, got str"),
 }
 

@@ -267,6 +267,10 @@ def randomize(mixture: Mixture, seed: int = 0, strength: float = 1.5) -> Mixture
                 parameter.copy_(noise * strength * parameter.shape[-1] ** -0.5)
             elif name.endswith(("/columns", "/w", "/b", "/bias", "/log_temperature")):
                 parameter.add_(0.3 * noise)
+            elif name.endswith("/standard.center"):
+                parameter.copy_(0.3 * noise / (parameter.numel() ** 0.5 if unit else 1.0))
+            elif name.endswith("/standard.spread"):
+                parameter.copy_(torch.exp(0.3 * noise))
     return mixture
 
 

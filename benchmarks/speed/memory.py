@@ -1,4 +1,4 @@
-"""Peak memory of a training step, measured in a process of its own: ``python -m speed.memory STEP SIZE EXPERTS``."""
+"""Peak memory, each figure in a process of its own: ``python -m speed.memory KIND SIZE EXPERTS``."""
 
 from __future__ import annotations
 
@@ -6,27 +6,36 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from speed.models import Size
+
+ATTACHING = ("attach: bare", "attach: peft all", "attach: sum")
+IMAGES = ("image: peft 1", "image: composite", "image: composite, chunk 1")
 
 
-def peak_of(step: str, size: str, experts: Path, threads: int) -> dict[str, int]:
-    """Run one kind of training step in a child process.
+def peak_of(kind: str, size: Size, experts: Path, threads: int) -> dict[str, int]:
+    """Run one kind of work in a child process.
 
     Args:
-        step: key of ``training.STEPS``.
-        size: key of ``models.SIZES``.
-        experts: the folder that holds the experts' folders.
+        kind: key of ``training.STEPS``, or of ``ATTACHING`` or ``IMAGES``.
+        size: the shapes; of images: ``layers`` under 12 means a toy.
+        experts: the folder that holds the experts' folders or files.
         threads: of the child.
 
     Returns:
-        ``peak`` and ``before`` (model and experts loaded, no step run yet): resident bytes.
+        ``peak`` and ``before`` (all is loaded, no step run yet): resident bytes.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
     environment["OMP_NUM_THREADS"] = str(threads)
-    command = [sys.executable, "-m", f"{__package__}.memory", step, size, str(experts)]
+    command = [sys.executable, "-m", f"{__package__}.memory", kind, json.dumps(asdict(size)), str(experts)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"the child that measures {step!r} failed:\n{done.stderr}")
+        raise RuntimeError(f"the child that measures {kind!r} failed:\n{done.stderr}")
     report: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     return report
 
@@ -42,13 +51,31 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def _main(step: str, size: str, experts: str) -> None:
-    from speed.models import SIZES, make_bench
+def _work(kind: str, size: Size, experts: Path) -> Callable[[], object]:
+    if kind in IMAGES:
+        from speed.images import IMAGE_SIZES, make_image_bench, pictures
+
+        bench = make_image_bench(IMAGE_SIZES["full" if size.layers >= 12 else "tiny"], experts)
+        return pictures(bench)[kind.removeprefix("image: ")]
+    from speed.models import make_bench
+    from speed.ours import ungated
+    from speed.peers import peft_all
     from speed.training import STEPS
 
-    run = STEPS[step](make_bench(SIZES[size], Path(experts)))
+    made = make_bench(size, experts)
+    if kind in STEPS:
+        return STEPS[kind](made)
+    attach = {"attach: bare": lambda _: made.base, "attach: peft all": peft_all, "attach: sum": ungated}[kind]
+    kept: list[object] = []
+    return lambda: kept or kept.append(attach(made))
+
+
+def _main(kind: str, size: str, experts: str) -> None:
+    from speed.models import Size
+
+    run = _work(kind, Size(**json.loads(size)), Path(experts))
     before = _status("VmRSS")
-    for _ in range(3):
+    for _ in range(1 if kind in IMAGES else 3):
         run()
     print(json.dumps({"peak": _status("VmHWM"), "before": before}))
 

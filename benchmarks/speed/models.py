@@ -5,18 +5,23 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+Models = Mapping[str, nn.Module]
+T5_TARGETS = ("q", "k", "v", "o", "wi_0", "wi_1", "wo")
+MIXED = (4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,8 @@ class Size:
         alpha: not the rank, so that the experts' scale ``alpha / rank`` is a number that has to be multiplied.
         batch, length: of the forward and the training scenario.
         prompt, new_tokens: of the generation scenarios.
+        family: a Llama, or a T5 v1.1 with ``layers`` layers on either side.
+        mixed: the experts' ranks go through ``MIXED`` in turn, all at the same scale, and ``rank`` is not used.
     """
 
     layers: int = 12
@@ -42,6 +49,20 @@ class Size:
     length: int = 256
     prompt: int = 64
     new_tokens: int = 32
+    family: Literal["llama", "t5"] = "llama"
+    mixed: bool = False
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return TARGETS if self.family == "llama" else T5_TARGETS
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(MIXED[i % len(MIXED)] if self.mixed else self.rank for i in range(self.experts))
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -80,8 +101,23 @@ class Bench:
 
 
 def decoder(size: Size, seed: int = 0) -> nn.Module:
-    """The bare model: a Llama of the given size with random weights, fp32, frozen."""
+    """The bare model: of the given size with random weights, fp32, frozen."""
     torch.manual_seed(seed)
+    if size.family == "t5":
+        settings = T5Config(
+            vocab_size=size.vocab,
+            d_model=size.width,
+            d_kv=size.width // size.heads,
+            d_ff=size.intermediate,
+            num_layers=size.layers,
+            num_heads=size.heads,
+            feed_forward_proj="gated-gelu",
+            decoder_start_token_id=0,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        encoder_decoder: nn.Module = T5ForConditionalGeneration(settings)
+        return encoder_decoder.requires_grad_(False).eval()
     config = LlamaConfig(
         vocab_size=size.vocab,
         hidden_size=size.width,
@@ -89,7 +125,7 @@ def decoder(size: Size, seed: int = 0) -> nn.Module:
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
         num_key_value_heads=size.heads,
-        max_position_embeddings=1024,
+        max_position_embeddings=4096,
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=None,
@@ -106,16 +142,19 @@ def write_experts(size: Size, base: nn.Module, folder: Path, seed: int = 1) -> d
         Expert name -> its folder.
     """
     generator = torch.Generator().manual_seed(seed)
-    modules = {path: m for path, m in base.named_modules() if path.rpartition(".")[2] in TARGETS}
-    config = LoraConfig(r=size.rank, lora_alpha=size.alpha, target_modules=list(TARGETS), task_type="CAUSAL_LM")
-    config.inference_mode = True
+    modules = {path: m for path, m in base.named_modules() if path.rpartition(".")[2] in size.targets}
+    task = "CAUSAL_LM" if size.family == "llama" else "SEQ_2_SEQ_LM"
     folders = {}
-    for name in size.names:
+    for name, rank in zip(size.names, size.ranks, strict=True):
+        config = LoraConfig(
+            r=rank, lora_alpha=round(size.scale * rank), target_modules=list(size.targets), task_type=task
+        )
+        config.inference_mode = True
         factors: dict[str, Tensor] = {}
         for path, module in modules.items():
             assert isinstance(module, nn.Linear)
-            A = torch.randn(size.rank, module.in_features, generator=generator) / math.sqrt(module.in_features)
-            B = torch.randn(module.out_features, size.rank, generator=generator) * 0.02
+            A = torch.randn(rank, module.in_features, generator=generator) / math.sqrt(module.in_features)
+            B = torch.randn(module.out_features, rank, generator=generator) * 0.02
             factors[f"base_model.model.{path}.lora_A.weight"] = A
             factors[f"base_model.model.{path}.lora_B.weight"] = B
         folders[name] = folder / name
@@ -142,3 +181,32 @@ def token_ids(size: Size, batch: int, length: int, seed: int = 2) -> dict[str, T
     """``input_ids`` and an all-ones ``attention_mask``, ``[batch, length]``, as a tokenizer would return them."""
     ids = torch.randint(1, size.vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def inputs(size: Size, batch: int, length: int, seed: int = 2) -> dict[str, Tensor]:
+    """What a call of the model takes; a T5's decoder reads a quarter of the encoder's length."""
+    made = token_ids(size, batch, length, seed)
+    if size.family == "t5":
+        made["decoder_input_ids"] = made["input_ids"][:, : max(length // 4, 1)].clone()
+    return made
+
+
+def arithmetic(bench: Bench) -> dict[str, float]:
+    """What a dense mixture cannot do without, from the shapes alone: attention and norms are not counted.
+
+    Returns:
+        ``base_gflop`` and ``lora_gflop`` of one token through every linear layer (a multiplication and an addition are
+        two), ``base_mb`` and ``lora_mb`` of weights read for it in fp32, and ``ratio``: (base + LoRA) / base of either.
+    """
+    linear = [m for m in bench.base.modules() if isinstance(m, nn.Linear)]
+    base = sum(m.weight.numel() for m in linear)
+    targets = [m for p, m in bench.base.named_modules() if p.rpartition(".")[2] in bench.size.targets]
+    widths = sum(m.in_features + m.out_features for m in targets if isinstance(m, nn.Linear))
+    lora = widths * sum(bench.size.ranks)
+    return {
+        "base_gflop": 2e-9 * base,
+        "lora_gflop": 2e-9 * lora,
+        "base_mb": 4e-6 * base,
+        "lora_mb": 4e-6 * lora,
+        "ratio": 1 + lora / base,
+    }

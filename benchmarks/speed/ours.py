@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -27,20 +30,18 @@ def stir(mixture: lw.Mixture, seed: int = 4, spread: float = 0.5) -> None:
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=spread)
 
 
+def mixed_by(**options: Any) -> Callable[[Bench], nn.Module]:
+    """Builds a MoLE with these options."""
+    return lambda bench: attach(bench, lw.MoLE(**options)).model
+
+
 def ungated(bench: Bench) -> nn.Module:
     return attach(bench, lw.Sum()).model
 
 
-def mole_block(bench: Bench) -> nn.Module:
-    return attach(bench, lw.MoLE(granularity="block")).model
-
-
-def mole_matrix(bench: Bench) -> nn.Module:
-    return attach(bench, lw.MoLE(granularity="matrix", pooling="token")).model
-
-
-def mole_top2(bench: Bench) -> nn.Module:
-    return attach(bench, lw.MoLE(granularity="block", activation="topk", k=2, pooling="prompt")).model
+def one_hot(bench: Bench) -> nn.Module:
+    first = bench.size.names[0]
+    return attach(bench, lw.Sum(0.0, {first: 1.0})).model
 
 
 def one_expert(bench: Bench) -> nn.Module:
@@ -57,9 +58,31 @@ def folded(bench: Bench) -> nn.Module:
 
 OURS = (
     Contender("sum", "loraweave, ungated sum", ungated),
-    Contender("mole block", "loraweave, MoLE, one gate a block, a weight per token", mole_block),
-    Contender("mole matrix", "loraweave, MoLE, one gate a matrix, a weight per token", mole_matrix),
-    Contender("mole top-2", "loraweave, MoLE, the prompt chooses two experts a block", mole_top2),
+    Contender("mole block", "loraweave, MoLE, one gate a block, a weight per token", mixed_by(granularity="block")),
+    Contender(
+        "mole matrix",
+        "loraweave, MoLE, one gate a matrix, a weight per token",
+        mixed_by(granularity="matrix", pooling="token"),
+    ),
+    Contender(
+        "mole top-2",
+        "loraweave, MoLE, the prompt chooses two experts a block",
+        mixed_by(granularity="block", activation="topk", k=2, pooling="prompt"),
+    ),
     Contender("one expert", "loraweave, the sum masked to one expert", one_expert),
     Contender("folded", "loraweave, the sum folded into the weights", folded),
+)
+
+# What else a gate can be; each differs from "mole block" in what its name says.
+GATES = (
+    Contender("mole layer", "one gate an attention or feed-forward part", mixed_by(granularity="layer")),
+    Contender("mole network", "one gate for all", mixed_by(granularity="network")),
+    Contender("outputs", "evidence: the experts' outputs, compact gates", mixed_by(evidence="outputs")),
+    Contender("outputs, full", "the paper's full gates", mixed_by(evidence="outputs", gate_form="full")),
+    Contender("pooled: prompt", "one decision a row", mixed_by(pooling="prompt")),
+    Contender("pooled: mean", "one decision a row and call", mixed_by(pooling="mean")),
+    Contender("top-2 a token", "every token chooses two", mixed_by(activation="topk", k=2, pooling="token")),
+    Contender("top-1 a prompt", "the prompt chooses one", mixed_by(activation="top1", pooling="prompt")),
+    Contender("sigmoid", "independent gates", mixed_by(activation="sigmoid")),
+    Contender("one-hot", "constant weights, all but one of them 0", one_hot),
 )

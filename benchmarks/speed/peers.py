@@ -11,7 +11,7 @@ from peft import PeftModel, XLoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from speed.models import TARGETS, Bench
+from speed.models import Bench
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,11 @@ class FloorLinear(nn.Module):
         self.At: Tensor
         self.Bt: Tensor
 
+    @property
+    def weight(self) -> Tensor:
+        """T5 looks at the type of its last projection's weight."""
+        return self.base.weight
+
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
         y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]) @ self.At, self.Bt)
@@ -57,9 +62,9 @@ def bare(bench: Bench) -> nn.Module:
 
 def floor(bench: Bench) -> nn.Module:
     model = bench.model()
-    scale = bench.size.alpha / bench.size.rank
+    scale = bench.size.scale
     files = [load_file(folder / "adapter_model.safetensors") for folder in bench.experts.values()]
-    for path in [path for path, _ in model.named_modules() if path.rpartition(".")[2] in TARGETS]:
+    for path in [path for path, _ in model.named_modules() if path.rpartition(".")[2] in bench.size.targets]:
         key = f"base_model.model.{path}"
         A = torch.cat([file[f"{key}.lora_A.weight"] for file in files])
         Bt = torch.cat([file[f"{key}.lora_B.weight"].T * scale for file in files])

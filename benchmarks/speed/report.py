@@ -16,7 +16,7 @@ from rich.table import Table
 
 from speed.timing import Spread, ratios
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,23 @@ BOUNDS = (
     Bound("generate, batch 1", "mole block", "bare", at_most=1.45),
     Bound("generate, batch 1", "peft all", "sum", at_least=1.35),
     Bound("generate, batch 1", "peft X-LoRA", "mole block", at_least=15),
-    Bound("train", "mole block", "peft LoRA", at_most=1.35),
+    Bound("train", "mole block", "peft LoRA", at_most=1.25),
+    Bound("forward", "mole block", "floor", at_most=1.06),
+    Bound("forward", "mole matrix", "floor", at_most=1.10),
+    Bound("forward", "mole top-2", "bare", at_most=1.12),
+    Bound("generate, batch 1", "mole block", "bare", at_most=1.32),
+    Bound("generate, batch 1", "peft X-LoRA", "mole block", at_least=18),
+    Bound("generate, batch 1", "peft all", "mole block", at_least=1.8),
+    Bound("N = 32, rank 16", "mole block", "floor", at_most=1.06),
+    Bound("N = 32, rank 16", "mole matrix", "floor", at_most=1.10),
+    Bound("N = 32, rank 16", "peft all", "mole block", at_least=1.9),
+    Bound("N = 32, rank 16", "mole top-2", "bare", at_most=1.2),
+    Bound("N = 128", "mole top-2", "bare", at_most=1.3),
+    Bound("import", "loraweave", "torch", at_most=1.1),
+    Bound("images", "switch", "peft 1", at_most=1.05),
+    Bound("images", "composite", "three runs, peft 1", at_most=1.0),
+    Bound("images", "composite, published", "composite", at_least=1.12),
+    Bound("images", "merge, folded", "bare", at_most=1.02),
 )
 
 Results = dict[str, dict[str, Any]]
@@ -92,9 +108,23 @@ def environment(threads: int) -> dict[str, Any]:
         "load_before": os.getloadavg()[0],
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("torch", "transformers", "peft")},
+        **{name: metadata.version(name) for name in ("torch", "transformers", "peft", "diffusers")},
         "instructions": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+def merged(kept: dict[str, Any], new: dict[str, Any], file: Path) -> dict[str, Any]:
+    """A report to add to: the one kept, if it was measured in the same surroundings and at the same size.
+
+    Raises:
+        ValueError: it was not; figures of two machines do not belong in one file.
+    """
+    same = {key: value for key, value in new["environment"].items() if key not in ("load_before", "processor")}
+    for key, value in [*same.items(), ("size", new["size"])]:
+        before = kept.get(key) if key == "size" else kept["environment"].get(key)
+        if before != value:
+            raise ValueError(f"{file}: was measured with {key} {before!r}, this is {value!r}; choose another file")
+    return {**kept, "environment": new["environment"]}
 
 
 def _processor() -> str:
@@ -135,8 +165,19 @@ def time_rows(scenario: dict[str, Any]) -> tuple[list[str], Rows]:
 
 
 def memory_rows(memory: dict[str, dict[str, int]]) -> tuple[list[str], Rows]:
-    head = ["training step", "peak MB", "of it before the first step"]
+    head = ["process", "peak MB", "of it before the first step"]
     return head, [[n, f"{m['peak'] / 1e6:.0f}", f"{m['before'] / 1e6:.0f}"] for n, m in memory.items()]
+
+
+def arithmetic_rows(scenarios: Results) -> tuple[list[str], Rows]:
+    """Per token: what the linear layers and the LoRAs beside them compute and read, and the ratio that follows."""
+    head = ["scenario", "base GFLOP", "LoRA GFLOP", "base MB", "LoRA MB", "x bare"]
+    found = {name: row["arithmetic"] for name, row in scenarios.items() if row.get("arithmetic")}
+    keys = ("base_gflop", "lora_gflop", "base_mb", "lora_mb", "ratio")
+    return head, [
+        [name, *(format(a[key], form) for key, form in zip(keys, (".3f", ".3f", ".0f", ".0f", ".2f"), strict=True))]
+        for name, a in found.items()
+    ]
 
 
 def bound_rows(bounds: Sequence[dict[str, Any]]) -> tuple[list[str], Rows]:
@@ -160,6 +201,8 @@ def tables(report: dict[str, Any]) -> Iterator[tuple[str, list[str], Rows]]:
         yield f"{name} ({scenario['what']})", *time_rows(scenario)
     if report.get("memory"):
         yield "peak memory", *memory_rows(report["memory"])
+    if any(row.get("arithmetic") for row in report["scenarios"].values()):
+        yield "floor by arithmetic", *arithmetic_rows(report["scenarios"])
     if report["bounds"]:
         yield "required", *bound_rows(report["bounds"])
 
@@ -179,9 +222,13 @@ def markdown(report: dict[str, Any]) -> str:
     parts = [f"{key}: {value}" for key, value in report["environment"].items()]
     text = ["# Speed", "", "; ".join(parts), ""]
     for title, head, rows in tables(report):
-        text += [f"## {title}", "", _line(head), _line(["---"] + ["--:"] * (len(head) - 1))]
-        text += [*map(_line, rows), ""]
+        text += [f"## {title}", "", markdown_table(head, rows)]
     return "\n".join(text)
+
+
+def markdown_table(head: Sequence[str], rows: Rows) -> str:
+    """A table in Markdown, with the line's end."""
+    return "\n".join([_line(head), _line(["---"] + ["--:"] * (len(head) - 1)), *map(_line, rows), ""])
 
 
 def _line(cells: Sequence[str]) -> str:

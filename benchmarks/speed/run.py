@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
+import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,94 +20,180 @@ if __package__ in (None, ""):
 
 import torch
 from rich.console import Console
-from torch import nn
 
 from speed import memory, report
 from speed.checks import check
-from speed.models import SIZES, make_bench
-from speed.ours import OURS
-from speed.peers import PEERS
-from speed.scenarios import SCENARIOS
+from speed.models import SIZES, Bench, Size, arithmetic, make_bench
+from speed.ours import GATES, OURS
+from speed.peers import PEERS, Contender
+from speed.scenarios import SCENARIOS, Scenario
 from speed.timing import interleave
 from speed.training import STEPS
 
-GROUPS = tuple(dict.fromkeys(scenario.group for scenario in SCENARIOS.values()))
+CONTENDERS: dict[str, Contender] = {contender.name: contender for contender in (*PEERS, *OURS, *GATES)}
+IMAGES = "images"
+GROUPS = (*dict.fromkeys(scenario.group for scenario in SCENARIOS.values()), IMAGES)
+MOST_IMAGE_ROUNDS = 3
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time loraweave against its peers, interleaved, in one process.")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each contender (default: 5)")
     parser.add_argument("--threads", type=int, default=2, help="threads of every contender (default: 2)")
-    parser.add_argument("--only", default=",".join(GROUPS), help=f"comma-separated groups of: {', '.join(GROUPS)}")
+    parser.add_argument("--group", default=",".join(GROUPS), help=f"comma-separated, of: {', '.join(GROUPS)}")
     parser.add_argument("--contenders", help="comma-separated names; default: all (bare always takes part)")
-    parser.add_argument("--quick", action="store_true", help="two rounds, and no slow contenders")
+    parser.add_argument("--quick", action="store_true", help="toy shapes, two rounds, no slow contenders: does it run?")
     parser.add_argument("--size", choices=SIZES, default="full", help="'full' is the one that counts")
     parser.add_argument("--seed", type=int, default=0, help="of the order within each round")
-    parser.add_argument("-o", "--output", type=Path, help="write this JSON file, and the tables beside it as .md")
+    parser.add_argument("--resume", action="store_true", help="skip what the output holds with as many rounds")
+    parser.add_argument("-o", "--output", type=Path, help="add to this JSON file, and write tables beside it as .md")
     options = parser.parse_args(arguments)
-    options.only = options.only.split(",")
-    for group in options.only:
+    options.group = options.group.split(",")
+    for group in options.group:
         if group not in GROUPS:
-            parser.error(f"--only: {group!r} is none of: {', '.join(GROUPS)}")
-    known = [contender.name for contender in (*PEERS, *OURS)]
-    options.contenders = options.contenders.split(",") if options.contenders else known
+            parser.error(f"--group: {group!r} is none of: {', '.join(GROUPS)}")
+    options.contenders = options.contenders.split(",") if options.contenders else list(CONTENDERS)
     for name in options.contenders:
-        if name not in known:
-            parser.error(f"--contenders: {name!r} is none of: {', '.join(known)}")
+        if name not in CONTENDERS:
+            parser.error(f"--contenders: {name!r} is none of: {', '.join(CONTENDERS)}")
+    if options.resume and options.output is None:
+        parser.error("--resume: needs the output (-o) to resume")
+    if options.quick:
+        options.size, options.rounds = "tiny", min(options.rounds, 2)
     return options
 
 
-def measure(options: argparse.Namespace, folder: Path, console: Console) -> dict[str, Any]:
-    """Run what was asked for; returns the report as it is written to JSON."""
-    torch.set_num_threads(options.threads)
-    size = SIZES[options.size]
-    result: dict[str, Any] = {
-        "format": report.FORMAT,
-        "environment": report.environment(options.threads),
-        "size": {"name": options.size, **dataclasses.asdict(size)},
-        "scenarios": {},
-        "memory": {},
-    }
-    bench = make_bench(size, folder)
-    with bench.contexts, console.status("building the contenders") as status:
-        models: dict[str, nn.Module] = {}
-        if {"forward", "generate"} & set(options.only):
-            wanted = [c for c in (*PEERS, *OURS) if c.name in options.contenders or c.name == "bare"]
-            models = {c.name: c.build(bench) for c in wanted if not (c.slow and options.quick)}
-            status.update("checking that they compute what they say")
-            result["checks"] = check(models, bench)
+class Run:
+    """One run of the suite: what is measured is in ``result``, and in the output file, as soon as it is there."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path, console: Console) -> None:
+        self.options, self.folder, self.console = options, folder, console
+        self.start = time.perf_counter()
+        torch.set_num_threads(options.threads)
+        self.result: dict[str, Any] = {
+            "format": report.FORMAT,
+            "environment": report.environment(options.threads),
+            "size": {"name": options.size, **dataclasses.asdict(SIZES[options.size])},
+            "scenarios": {},
+            "memory": {},
+            "checks": {},
+        }
+        if options.output is not None and options.output.exists():
+            self.result = report.merged(json.loads(options.output.read_text()), self.result, options.output)
+
+    def say(self, what: str) -> None:
+        self.console.print(f"{time.perf_counter() - self.start:6.0f} s  {what}", highlight=False)
+
+    def all(self) -> dict[str, Any]:
+        """Every scenario of the chosen groups; those of one group with the same shapes share their models."""
+        batches: dict[tuple[str, Size], dict[str, Scenario]] = {}
         for name, scenario in SCENARIOS.items():
-            if scenario.group not in options.only:
-                continue
-            seconds = interleave(
-                scenario.tasks(bench, models),
-                rounds=min(options.rounds, 2) if options.quick else options.rounds,
-                calls=scenario.calls,
-                seed=options.seed,
-                progress=lambda what, name=name: status.update(f"{name}: {what}"),  # type: ignore[misc]
-            )
-            what = scenario.what.format(size)
-            result["scenarios"][name] = {"what": what, **report.summary(seconds, scenario.baseline)}
-        if "train" in options.only:
-            for step in STEPS:
-                status.update(f"peak memory of {step}")
-                result["memory"][step] = memory.peak_of(step, options.size, folder, options.threads)
-    result["bounds"] = list(report.judge(result["scenarios"]))
-    return result
+            if scenario.group in self.options.group and not self._done(name, scenario.rounds):
+                key = scenario.group, scenario.size(self.options.size)
+                batches.setdefault(key, {})[name] = scenario
+        for number, ((_, size), scenarios) in enumerate(batches.items()):
+            experts = self.folder / str(number)
+            self._batch(size, scenarios, experts)
+            shutil.rmtree(experts, ignore_errors=True)  # 128 experts take most of a gigabyte
+        if IMAGES in self.options.group and not self._done(IMAGES, MOST_IMAGE_ROUNDS):
+            self._images()
+        self._keep()
+        return self.result
+
+    def _rounds(self, most: int | None) -> int:
+        return min(self.options.rounds, most or self.options.rounds)
+
+    def _done(self, name: str, most: int | None) -> bool:
+        known = self.result["scenarios"].get(name)
+        done = self.options.resume and known is not None and known.get("rounds", 0) >= self._rounds(most)
+        if done:
+            self.say(f"{name}: done before")
+        return done
+
+    def _batch(self, size: Size, scenarios: dict[str, Scenario], folder: Path) -> None:
+        self.say(f"{', '.join(scenarios)}: building")
+        bench = make_bench(size, folder)
+        used = {name for scenario in scenarios.values() for name in scenario.contenders}
+        wanted = [c for c in CONTENDERS.values() if c.name in used and c.name in (*self.options.contenders, "bare")]
+        with bench.contexts:
+            models = {c.name: c.build(bench) for c in wanted if not (c.slow and self.options.quick)}
+            checks = check(models, bench) if models else {}
+            for name, scenario in scenarios.items():
+                mine = {contender: models[contender] for contender in scenario.contenders if contender in models}
+                self._time(name, scenario, bench, mine)
+                self.result["checks"] |= {f"{name}: {key}": value for key, value in checks.items()}
+                self._keep()
+        for name in scenarios:
+            kinds = {"train": tuple(STEPS), "attach 128": memory.ATTACHING}.get(name, ())
+            self._memory(kinds, size, folder)
+
+    def _time(self, name: str, scenario: Scenario, bench: Bench, models: dict[str, Any]) -> None:
+        rounds = self._rounds(scenario.rounds)
+        seconds = interleave(
+            scenario.tasks(bench, models),
+            rounds=rounds,
+            seed=self.options.seed,
+            progress=lambda what: self.say(f"{name}: {what}"),
+        )
+        self._record(name, scenario.what.format(bench.size), scenario.group, rounds, seconds, scenario.baseline)
+        if models:
+            self.result["scenarios"][name]["arithmetic"] = arithmetic(bench)
+
+    def _record(
+        self, name: str, what: str, group: str, rounds: int, seconds: dict[str, list[float]], baseline: str
+    ) -> None:
+        facts = {"what": what, "group": group, "rounds": rounds, "load": os.getloadavg()[0]}
+        self.result["scenarios"][name] = {**facts, **report.summary(seconds, baseline)}
+
+    def _memory(self, kinds: Sequence[str], size: Size, folder: Path) -> None:
+        for kind in kinds:
+            self.say(f"peak memory of {kind}")
+            self.result["memory"][kind] = memory.peak_of(kind, size, folder, self.options.threads)
+            self._keep()
+
+    def _images(self) -> None:
+        from speed import images
+
+        self.say("images: building and checking")
+        size = images.IMAGE_SIZES[self.options.size]
+        bench = images.make_image_bench(size, self.folder / "images")
+        made = images.pictures(bench)
+        self.result["checks"] |= {f"images: {key}": value for key, value in images.check(made).items()}
+        rounds = self._rounds(MOST_IMAGE_ROUNDS)
+        told = partial(interleave, rounds=rounds, seed=self.options.seed, warm=False)
+        seconds = told(images.tasks(made), progress=lambda what: self.say(f"images: {what}"))
+        what = (
+            f"UNet of SD1.5's shape, latent {size.latent}, {size.steps} steps with guidance, 3 rank-{size.rank} LoRAs"
+        )
+        self._record(IMAGES, what, IMAGES, rounds, seconds, "bare")
+        self._keep()
+        del made, bench
+        self._memory(memory.IMAGES, SIZES[self.options.size], self.folder / "images")
+
+    def _keep(self) -> None:
+        self.result["bounds"] = list(report.judge(self.result["scenarios"]))
+        output = self.options.output
+        if output is not None:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            partial_file = output.with_suffix(".partial")
+            partial_file.write_text(json.dumps(self.result, indent=1) + "\n")
+            partial_file.replace(output)
+            output.with_suffix(".md").write_text(report.markdown(self.result))
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
     console = Console() if sys.stdout.isatty() else Console(width=120)
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(options, Path(folder), console)
+        try:
+            suite = Run(options, Path(folder), console)
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
+        result = suite.all()
     report.show(result, console)
     if result["environment"]["load_before"] > 0.5:
         console.print(f"The machine was busy before (load {result['environment']['load_before']:.1f}); measure again.")
     if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
-        options.output.with_suffix(".md").write_text(report.markdown(result))
         console.print(f"wrote {options.output} and {options.output.with_suffix('.md').name}")
     return result
 

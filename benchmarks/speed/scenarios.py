@@ -1,28 +1,27 @@
-"""What is timed. A scenario builds its contenders' tasks; adding one means adding a function to ``SCENARIOS``."""
+"""What is timed: one table. A scenario names its shapes and its contenders, and makes their tasks."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-import loraweave as lw
-from loraweave.mixing.types import Policy
-from speed.models import Bench, token_ids
-from speed.ours import attach
-from speed.peers import peft_all
+from speed.models import SIZES, Bench, Models, Size, inputs, token_ids
+from speed.ours import GATES
+from speed.starting import attaching, importing, saving
 from speed.timing import Task
 from speed.training import STEPS
 
-Models = Mapping[str, nn.Module]
+Tasks = Callable[[Bench, Models], dict[str, Task]]
+CORE = (
+    *("bare", "floor", "peft 1", "peft all", "peft X-LoRA"),
+    *("sum", "mole block", "mole matrix", "mole top-2", "one expert", "folded"),
+)
+FEW = ("bare", "floor", "peft all", "sum", "mole block", "mole matrix", "mole top-2")
 
 
 @dataclass(frozen=True)
@@ -30,38 +29,50 @@ class Scenario:
     """A set of tasks to be timed against one another.
 
     Attributes:
-        group: what ``--only`` calls it.
+        group: what ``--group`` calls it.
         what: one line for the table; a format string of the size.
         baseline: the task that the others' ratios refer to.
-        tasks: builds them, by name; the models are those of ``peers.PEERS`` and ``ours.OURS``.
-        calls: runs per round.
+        tasks: builds them, by name, from the contenders' models.
+        contenders: of ``peers.PEERS``, ``ours.OURS`` and ``ours.GATES``; none where tasks build their own.
+        changes: what differs from the shapes that ``--size`` gives.
+        rounds: at most this many, however many are asked for.
     """
 
     group: str
     what: str
     baseline: str
-    tasks: Callable[[Bench, Models], dict[str, Task]]
-    calls: int = 1
+    tasks: Tasks
+    contenders: tuple[str, ...] = ()
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    rounds: int | None = None
+
+    def size(self, name: str) -> Size:
+        """Its shapes at a size of ``SIZES``; with "tiny", changes of number and rank are kept small."""
+        changes = dict(self.changes)
+        if name != "full":
+            least = {"experts": 4, "rank": 2, "length": 12, "width": 32, "intermediate": 64, "layers": 2, "heads": 2}
+            changes = {key: min(value, least[key]) if key in least else value for key, value in changes.items()}
+        return replace(SIZES[name], **changes)
 
 
-def forward(bench: Bench, models: Models) -> dict[str, Task]:
-    batch = token_ids(bench.size, bench.size.batch, bench.size.length)
+def forward(bench: Bench, models: Models, *, rows: int | None = None, cache: bool = False) -> dict[str, Task]:
+    batch = inputs(bench.size, rows or bench.size.batch, bench.size.length)
 
     def run(model: nn.Module, _: None) -> None:
         with torch.inference_mode():
-            model(**batch, use_cache=False)
+            model(**batch, use_cache=cache)
 
     return {name: Task(partial(run, model)) for name, model in models.items()}
 
 
-def generate(bench: Bench, models: Models, *, rows: int, slow_rounds: int) -> dict[str, Task]:
+def generate(bench: Bench, models: Models, *, rows: int, slow_rounds: int = 1) -> dict[str, Task]:
     batch = token_ids(bench.size, rows, bench.size.prompt)
     tokens = bench.size.new_tokens
 
     def run(model: Any, _: None) -> None:
         # Greedy, with a key-value cache; X-LoRA switches the cache off by itself.
         ids = model.generate(**batch, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
-        assert ids.shape[1] == bench.size.prompt + tokens
+        assert ids.shape[1] == tokens + (bench.size.prompt if bench.size.family == "llama" else 1)
 
     slow = {name: slow_rounds for name in models if name == "peft X-LoRA"}
     return {name: Task(partial(run, model), rounds=slow.get(name)) for name, model in models.items()}
@@ -74,53 +85,62 @@ def train(bench: Bench, _: Models) -> dict[str, Task]:
     return {name: Task(partial(run, build(bench))) for name, build in STEPS.items()}
 
 
-def attaching(bench: Bench, _: Models) -> dict[str, Task]:
-    """From the experts' folders to a model that is ready to run; the bare model is there already."""
-
-    def peft(_: None) -> None:
-        peft_all(bench)
-
-    def loraweave(policy: Policy, _: None) -> None:
-        attach(bench, policy)
-
-    return {
-        "peft all": Task(peft),
-        "sum": Task(partial(loraweave, lw.Sum())),
-        "mole block": Task(partial(loraweave, lw.MoLE(granularity="block"))),
+def _table() -> dict[str, Scenario]:
+    tokens = "{0.new_tokens} new tokens after a prompt of {0.prompt}"
+    call = "{0.experts} experts, batch {0.batch} x {0.length}"
+    table = {
+        "forward": Scenario("core", "batch {0.batch} x {0.length}", "bare", forward, CORE),
+        "generate, batch 1": Scenario("core", tokens, "bare", partial(generate, rows=1, slow_rounds=3), CORE),
+        "train": Scenario("core", "forward, backward and AdamW, batch {0.batch} x {0.length}", "peft LoRA", train),
+        "generate, batch 8": Scenario("decode", tokens, "bare", partial(generate, rows=8), CORE),
     }
-
-
-def importing(_: Bench, __: Models) -> dict[str, Task]:
-    """A fresh interpreter each time."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-
-    def run(statement: str, _: None) -> None:
-        subprocess.run([sys.executable, "-c", statement], env=environment, check=True, cwd=Path(__file__).parent)
-
-    statements = {
-        "torch": "import torch",
-        "loraweave": "import loraweave",
-        "loraweave.attach": "import loraweave; loraweave.attach",
-        "peft": "import peft",
+    without = tuple(name for name in CORE if name != "peft X-LoRA")
+    table |= {
+        "generate, batch 32": Scenario(
+            "decode", tokens, "bare", partial(generate, rows=32), without, {"new_tokens": 8}, rounds=3
+        ),
+        "prefill": Scenario(
+            "decode", "batch 1 x {0.length}, into a cache", "bare", partial(forward, rows=1, cache=True), FEW
+        ),
+        "long prompt": Scenario(
+            *("decode", "batch 1 x {0.length}, into a cache", "bare", partial(forward, rows=1, cache=True), FEW),
+            {"length": 2048},
+            rounds=3,
+        ),
     }
-    return {name: Task(partial(run, statement)) for name, statement in statements.items()}
+    for count in (1, 2, 4, 8, 16, 32, 64, 128):
+        names = tuple(name for name in FEW if count > 1 or name != "mole top-2")
+        changes = {"experts": count, "rank": 8, "alpha": 16}
+        rounds = 3 if count > 32 else None
+        table[f"N = {count}"] = Scenario("scale", call + ", rank 8", "bare", forward, names, changes, rounds)
+    table["N = 32, rank 16"] = Scenario("scale", call, "bare", forward, FEW, {"experts": 32})
+    for rank in (4, 16, 32, 64):
+        changes = {"rank": rank, "alpha": 2 * rank}
+        table[f"rank {rank}"] = Scenario("ranks", call, "bare", forward, FEW, changes)
+    table["mixed ranks"] = Scenario("ranks", call + ", ranks 4 to 64", "bare", forward, FEW, {"mixed": True})
+    more = tuple(contender.name for contender in GATES)
+    table["gates"] = Scenario("gates", call, "bare", forward, ("bare", "floor", "mole block", "mole matrix", *more))
+    table["gates, decoding"] = Scenario(
+        *("gates", tokens, "bare", partial(generate, rows=1), ("bare", "floor", "mole block", "mole matrix", *more)),
+        rounds=3,
+    )
+    t5 = {"family": "t5", "layers": 6}
+    wide = {"width": 2048, "intermediate": 5632, "heads": 16, "layers": 4}
+    table |= {
+        "T5, forward": Scenario("shapes", call, "bare", forward, FEW, t5),
+        "T5, generate": Scenario("shapes", tokens, "bare", partial(generate, rows=1), FEW, t5),
+        "wide, forward": Scenario("shapes", call + ", width 2048", "bare", forward, FEW, wide, rounds=3),
+        "attach": Scenario("start", "{0.experts} experts from files", "peft all", attaching),
+        "attach 128": Scenario(
+            *("start", "{0.experts} rank-{0.rank} experts from files", "peft all", attaching, ()),
+            {"experts": 128, "rank": 8, "alpha": 16},
+            rounds=3,
+        ),
+        "save and load": Scenario("start", "{0.experts} experts, block gates", "save", saving),
+        "import": Scenario("start", "a fresh interpreter", "torch", importing),
+    }
+    # Rows of one batch with different mixtures: a group "rows" belongs here, with a baseline of one mixture for all.
+    return table
 
 
-SCENARIOS = {
-    "forward": Scenario("forward", "batch {0.batch} x {0.length}", "bare", forward),
-    "generate, batch 1": Scenario(
-        "generate",
-        "{0.new_tokens} new tokens after a prompt of {0.prompt}",
-        "bare",
-        partial(generate, rows=1, slow_rounds=3),
-    ),
-    "generate, batch 8": Scenario(
-        "generate",
-        "{0.new_tokens} new tokens after prompts of {0.prompt}",
-        "bare",
-        partial(generate, rows=8, slow_rounds=1),
-    ),
-    "train": Scenario("train", "forward, backward and AdamW, batch {0.batch} x {0.length}", "peft LoRA", train),
-    "attach": Scenario("start", "{0.experts} experts from files", "peft all", attaching),
-    "import": Scenario("start", "a fresh interpreter", "torch", importing),
-}
+SCENARIOS = _table()

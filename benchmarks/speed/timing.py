@@ -48,6 +48,7 @@ def interleave(
     rounds: int,
     calls: int = 1,
     seed: int = 0,
+    warm: bool = True,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, list[float]]:
     """Time every task once per round, after one untimed warm-up each.
@@ -57,12 +58,13 @@ def interleave(
         rounds: how many rounds.
         calls: runs of a task per round; their mean is the round's figure.
         seed: of the order within each round.
+        warm: ``False`` where every task was run before.
         progress: told what runs next.
 
     Returns:
         Task name -> seconds per run, one figure a round; the figures of two tasks at the same place are of one round.
     """
-    for name, task in tasks.items():
+    for name, task in tasks.items() if warm else ():
         progress(f"{name}, warm-up")
         task.run(task.prepare())
     order = random.Random(seed)
@@ -70,8 +72,8 @@ def interleave(
     for number in range(rounds):
         names = [name for name, task in tasks.items() if task.rounds is None or number < task.rounds]
         order.shuffle(names)
+        progress(f"round {number + 1} of {rounds}")
         for name in names:
-            progress(f"{name}, round {number + 1} of {rounds}")
             seconds[name].append(_time(tasks[name], calls))
     return seconds
 

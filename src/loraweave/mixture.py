@@ -15,12 +15,13 @@ from torch.utils.hooks import RemovableHandle
 from loraweave.errors import LoraweaveError, unknown
 from loraweave.experts.resolve import resolve_experts
 from loraweave.experts.types import Expert
-from loraweave.integrations.host import open_host
+from loraweave.integrations.host import Host, open_host
 from loraweave.mixing import numerics
 from loraweave.mixing.anatomy import Anatomy
 from loraweave.mixing.attach import Attachment, attach_layers, features
 from loraweave.mixing.blocks import BlockMixer
 from loraweave.mixing.denoiser import Stage
+from loraweave.mixing.exclusion import Exclusion, exclusively, guard
 from loraweave.mixing.layer import MixingLayer
 from loraweave.mixing.record import Record
 from loraweave.mixing.site import Site, group
@@ -57,13 +58,18 @@ def attach(
     """
     named = None if blocks is None else tuple(blocks)
     host = open_host(model, named)
+    return attach_read(host, resolve_experts(experts, host.read), policy, named)
+
+
+def attach_read(host: Host, experts: list[Expert], policy: Policy | None, blocks: tuple[str, ...] | None) -> Mixture:
+    """:func:`attach` experts that are read already; the list is emptied, so that their files can leave memory."""
     if policy is None:
         from loraweave.policies import MoLE, Sum
 
         policy = MoLE() if host.pipeline is None else Sum()
-    read = resolve_experts(experts, host.read)
-    mixture = Mixture(host.module, read, attach_layers(host.module, read), host.anatomy, policy)
-    mixture.blocks, mixture.pipeline = named, host.pipeline
+    sources = [dataclasses.replace(expert, factors={}) for expert in experts]
+    mixture = Mixture(host.module, sources, attach_layers(host.module, experts), host.anatomy, policy)
+    mixture.blocks, mixture.pipeline = blocks, host.pipeline
     return mixture
 
 
@@ -92,11 +98,14 @@ class Mixture:
         self._streams = {spec.name: Stream(spec) for spec in anatomy.streams}
         self._mixers: list[BlockMixer] = []
         self._kept: Tensor | None = None
+        self._in_rows = False
+        self._exclusion = Exclusion()
         self._folded: folding.Folded | None = None
         self._doors: list[RemovableHandle] = []
         self._stage = Stage(model, anatomy.staging)
         try:
             self._doors = open_doors(model, self._streams)
+            self._doors += guard(model, {"", *(d for s in anatomy.streams for d in (s.door, s.body))}, self._exclusion)
             self._install(policy)
         except BaseException:  # whatever it is, the model must not stay half attached
             self.detach()
@@ -120,6 +129,7 @@ class Mixture:
         return self._policy
 
     @policy.setter
+    @exclusively
     def policy(self, policy: Policy) -> None:
         self._attached()
         self._refuse_folded("change the policy")
@@ -174,16 +184,17 @@ class Mixture:
 
     @contextmanager
     def _masked(self, kept: Tensor) -> Iterator[None]:
-        before = self._kept
-        kept = kept if before is None else kept & before
-        if not kept.any():
-            raise LoraweaveError(f"every expert is masked; keep at least one of: {', '.join(self.experts)}")
-        self._refuse_folded("mask experts")
-        self._mask(kept)
-        try:
-            yield
-        finally:
-            self._mask(before)
+        with self._exclusion.hold():
+            before = self._kept
+            kept = kept if before is None else kept & before
+            if not kept.any():
+                raise LoraweaveError(f"every expert is masked; keep at least one of: {', '.join(self.experts)}")
+            self._refuse_folded("mask experts")
+            self._mask(kept)
+            try:
+                yield
+            finally:
+                self._mask(before)
 
     def _mask(self, kept: Tensor | None) -> None:
         before, self._kept = self._kept, kept
@@ -217,20 +228,70 @@ class Mixture:
             raise LoraweaveError(f"the experts kept ({kept}) have weight 0 at {plan.name}; nothing would be left")
         return numerics.renormalize(weights, self._kept)
 
+    # ---------------------------------------------------------------- batches and threads
+
+    @contextmanager
+    def rows(self, rows: Sequence[Mapping[str, float] | None]) -> Iterator[Mixture]:
+        """Give each row of the batches inside its own mixture, whatever the policy: ``[{"qa": 1.0}, None, ...]``.
+
+        A row's weights are those of a plain sum; ``None`` is the bare model. Gates are not asked, and only the experts
+        that some row names are computed. Beams and several answers a row (``num_return_sequences``) are counted by
+        themselves: a batch of ``n`` times as many rows takes each mixture for ``n`` rows that follow each other.
+
+        Args:
+            rows: one entry per row: expert -> weight, or ``None``.
+
+        Raises:
+            LoraweaveError: an unknown expert, a weight that is no number; a mask, a fold, ``mix="outputs"`` or a
+                pipeline, none of which this goes together with.
+        """
+        from loraweave.policies.checks import row_vectors
+
+        weights = row_vectors(rows, self.experts)
+        with self._exclusion.hold():
+            self._refuse_folded("give rows their own mixtures")
+            if self.pipeline is not None or self._mixers or self._kept is not None:
+                what = (
+                    "a mask" if self._kept is not None else "mix='outputs'" if self._mixers else "a diffusion pipeline"
+                )
+                raise LoraweaveError(f"rows: cannot give rows their own mixtures together with {what}")
+            layers = list(self.layers.values())
+            self._in_rows = True
+            try:
+                for layer in layers:
+                    layer.fix_rows(weights)
+                yield self
+            finally:
+                self._in_rows = False
+                for layer in layers:
+                    layer.fix_rows(None)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[Mixture]:
+        """Have the mixture for this thread alone, to change the policy for one's own answer; other threads wait here.
+
+        Masks, :meth:`rows`, :meth:`prompt` and :meth:`record` do this by themselves. A thread that calls the model in
+        none of these while another thread is in one gets an error, since nobody can tell whether it was meant to see
+        the other's mask. Not for models compiled by ``torch.compile``, whose calls do not look out for other threads.
+        """
+        with self._exclusion.hold():
+            yield self
+
     # ---------------------------------------------------------------- looking inside
 
     @contextmanager
     def record(self) -> Iterator[Record]:
         """Keep the mixing weights of the calls inside: ``with mixture.record() as seen: model(**batch)``."""
-        sites = self.sites
-        seen = Record(sites)
-        for site in sites:
-            site.observers.append(seen.note)
-        try:
-            yield seen
-        finally:
+        with self._exclusion.hold():
+            sites = self.sites
+            seen = Record(sites)
             for site in sites:
-                site.observers.remove(seen.note)
+                site.observers.append(seen.note)
+            try:
+                yield seen
+            finally:
+                for site in sites:
+                    site.observers.remove(seen.note)
 
     @contextmanager
     def prompt(self, mask: Tensor) -> Iterator[Mixture]:
@@ -239,17 +300,19 @@ class Mixture:
         Gates with ``pooling="prompt"`` learn it from the labels in training and from the first call when a key-value
         cache is used. Generating without a cache needs this.
         """
-        before = {name: stream.stated_prompt for name, stream in self._streams.items()}
-        for stream in self._streams.values():
-            stream.stated_prompt = mask.bool()
-        try:
-            yield self
-        finally:
-            for name, stream in self._streams.items():
-                stream.stated_prompt = before[name]
+        with self._exclusion.hold():
+            before = {name: stream.stated_prompt for name, stream in self._streams.items()}
+            for stream in self._streams.values():
+                stream.stated_prompt = mask.bool()
+            try:
+                yield self
+            finally:
+                for name, stream in self._streams.items():
+                    stream.stated_prompt = before[name]
 
     # ---------------------------------------------------------------- leaving
 
+    @exclusively
     def fold(self) -> None:
         """Write constant weights into the model's own: the mixture then costs nothing. :meth:`unfold` undoes it.
 
@@ -264,6 +327,7 @@ class Mixture:
             )
         self._folded = folding.fold(self.layers, self._constants("fold into the weights"))
 
+    @exclusively
     def unfold(self) -> None:
         """Give the model its own weights back, bit by bit, and mix beside them again."""
         if self._folded is None:
@@ -294,6 +358,7 @@ class Mixture:
 
         return persistence.push(self, repo_id, copy_experts=copy_experts, private=private, api=api)
 
+    @exclusively
     def detach(self) -> Any:
         """Take the mixture out; the model or pipeline is exactly what it was before. Returns it."""
         if self._attachment is None:
@@ -389,6 +454,8 @@ class Mixture:
     def _refuse_folded(self, doing: str) -> None:
         if self._folded is not None:
             raise LoraweaveError(f"cannot {doing} while the mixture is folded into the weights; call unfold() first")
+        if self._in_rows:
+            raise LoraweaveError(f"cannot {doing} while rows have mixtures of their own; leave rows(...) first")
 
     def _constants(self, doing: str) -> dict[str, Tensor]:
         weights: dict[str, Tensor] = {}

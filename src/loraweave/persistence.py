@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from loraweave.errors import LoraweaveError, unknown
-from loraweave.experts.resolve import Reader, resolve_expert
+from loraweave.experts.resolve import Reader, in_threads, resolve_expert
 from loraweave.experts.types import Expert
 from loraweave.files import atomic_path, replace_folder_atomic, write_json_atomic, write_text_atomic
 from loraweave.integrations.host import open_host
@@ -112,16 +112,19 @@ def load(folder: str | Path, model: Any = None, *, allow_changed: bool = False, 
     Raises:
         LoraweaveError: not a saved mixture, of another format, its gates do not fit, an expert is missing or changed.
     """
-    from loraweave.mixture import attach
+    from loraweave.mixture import attach_read
 
     place = _local(folder, revision)
     saved = _read_json(place / MIXTURE)
     policy = registry.from_dict(_field(saved, "method", dict, place))
     base = model if model is not None else _load_base(_field(saved, "base", dict, place), place)
-    read = open_host(base).read
-    experts = [_load_expert(entry, place, allow_changed, read) for entry in _field(saved, "experts", list, place)]
-    blocks = None if saved.get("blocks") is None else _field(saved, "blocks", list, place)
-    mixture = attach(base, {expert.name: expert for expert in experts}, policy, blocks=blocks)
+    blocks = None if saved.get("blocks") is None else tuple(_field(saved, "blocks", list, place))
+    host = open_host(base, blocks)
+    entries = _field(saved, "experts", list, place)
+    experts = in_threads(lambda entry: _load_expert(entry, place, allow_changed, host.read), entries)
+    if not experts or len({expert.name for expert in experts}) < len(experts):
+        raise LoraweaveError(f"{place / MIXTURE}: experts: expected at least one, each name once")
+    mixture = attach_read(host, experts, policy, blocks)
     try:
         load_gates(mixture, place)
     except LoraweaveError:

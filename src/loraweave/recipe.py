@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from loraweave import recipe_yaml
 from loraweave.errors import LoraweaveError, unknown
 from loraweave.recipe_merge import Merge
+from loraweave.recipe_testbed import Published, Testbed, small_form
 
 if TYPE_CHECKING:
     from loraweave.experts.types import Expert
@@ -195,6 +196,10 @@ class Recipe(_Part):
     data: Data = Data()
     train: Train = Train()
     generation: Generation = Generation()
+    published: Published | None = Field(default=None, description="a paper's figures, shown beside ours")
+    origins: dict[str, str] = Field(default={}, description="pattern of files (loras/*) -> where they come from")
+    testbed: Testbed | None = Field(default=None, description="sets of experts to compose into pictures")
+    small: dict[str, Any] = Field(default={}, exclude=True, description="sections as --small takes them")
 
     @field_validator("experts", mode="before")
     @classmethod
@@ -251,6 +256,9 @@ class Recipe(_Part):
                 raise LoraweaveError(f"data.tasks.{name}.expert: {problem}")
         for label, contender in self.compare.items():
             self.training(label, contender)
+        for name in self.testbed.elements if self.testbed is not None else ():
+            if name not in self.names:
+                raise LoraweaveError(f"testbed.elements: {unknown('expert', name, self.names)}")
         return self
 
     def training(self, label: str = "", contender: Contender | None = None) -> Train:
@@ -288,18 +296,24 @@ class Recipe(_Part):
         return content | {"method": self.method.model_dump()}
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, small: bool = False) -> Recipe:
     """Read and check a recipe.
 
     Args:
         path: a YAML file.
         overrides: ``train.steps=100``, ``method.scale=4``: fields to set after reading, values in YAML.
+        small: take its small form, see :func:`loraweave.recipe_testbed.small_form`.
 
     Raises:
         LoraweaveError: the file cannot be read or is not YAML, or a field is unknown or wrong. One line per problem.
     """
     place = Path(path)
     content = recipe_yaml.read(place)
+    if small:
+        try:
+            content = small_form(content)
+        except LoraweaveError as error:
+            raise LoraweaveError(f"{path}: {error}") from error
     for override in overrides:
         recipe_yaml.override(content, override)
     return check_recipe(content, str(path), place.parent)
@@ -359,7 +373,8 @@ def _placed(recipe: Recipe, folder: Path) -> Recipe:
     )
     experts = {name: maybe(source) for name, source in recipe.experts.items()}
     merged = {name: merge.placed(maybe) for name, merge in recipe.merged.items()}
-    return recipe.model_copy(update={"base": maybe(recipe.base), "experts": experts, "merged": merged, "data": data})
+    placed = {"base": maybe(recipe.base), "experts": experts, "merged": merged, "data": data}
+    return recipe.model_copy(update=placed | {"testbed": recipe.testbed and recipe.testbed.placed(folder)})
 
 
 def _problems(error: ValidationError, inside: str = "") -> list[str]:

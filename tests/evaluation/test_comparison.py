@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from loraweave.errors import LoraweaveError
-from loraweave.evaluation.comparison import Run, paired_bootstrap, retention, single, spread, summarise
+from loraweave.evaluation.bootstrap import paired_bootstrap
+from loraweave.evaluation.comparison import Run, retention, single, spread, summarise
 from loraweave.evaluation.environment import environment, peak_gpu_memory_gb, peak_memory_gb
 from loraweave.files import write_json_atomic
 

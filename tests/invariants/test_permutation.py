@@ -25,14 +25,16 @@ def permuted(name: str, parameter: Tensor, mixture: Mixture) -> Tensor:
     if name.endswith("/W"):
         return parameter[PICK]
     gate = mixture.gates[name.rpartition("/")[0]]
-    parameter = parameter[..., PICK]
-    if not name.endswith("/e") or gate.policy.evidence == "hidden":
+    standard = "/standard." in name
+    if not standard:
+        parameter = parameter[..., PICK]
+    if not (standard or name.endswith("/e")) or gate.policy.evidence == "hidden":
         return parameter
     if gate.policy.gate_form == "full":
         return parameter[..., PICK, :, :]
     layout = next(site for site in mixture.sites if site.gate is gate).plan.bank.layout
     rows = [row for i in PICK for row in range(layout.offsets[i], layout.offsets[i] + layout.ranks[i])]
-    return parameter[..., rows, :]
+    return parameter[rows] if standard else parameter[..., rows, :]
 
 
 @pytest.fixture(scope="module")

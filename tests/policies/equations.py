@@ -42,7 +42,7 @@ def full_parameters(gate: Any, factors: Factors, width: int) -> Tensor:
     A compact gate multiplies ``s_i (B_i^T B_i)^(1/2) a_i`` by ``c_i``. With the polar factor ``U V^T`` of ``B_i`` that
     is ``E_i . (U V^T c_i)``.
     """
-    e = gate.e.detach().double()
+    e = scores(gate)
     policy = gate.policy
     if policy.evidence == "hidden":
         return e
@@ -57,6 +57,12 @@ def full_parameters(gate: Any, factors: Factors, width: int) -> Tensor:
         parts.append((U @ Vh) @ e[..., start : start + f.rank, :])
         start += f.rank
     return torch.cat(parts, dim=-2)
+
+
+def scores(gate: Any) -> Tensor:
+    """``e`` on the evidence itself, where the gate's own multiplies standard scores of it."""
+    e: Tensor = gate.e.detach().double()
+    return e if gate.standard is None else e / gate.standard.spread.double()[:, None]
 
 
 def gate_weights(
@@ -92,7 +98,8 @@ def gate_weights(
         else:
             groups = [torch.stack(real).mean(0)]
         matrix = e.flatten(0, 1) if pooling == "flatten" else e
-        decided.append([activated(logits(gate, v, matrix), gate, kept) for v in groups])
+        common = 0.0 if gate.standard is None else gate.standard.center.double() @ scores(gate)
+        decided.append([activated(logits(gate, v, matrix) - common, gate, kept) for v in groups])
     return torch.stack([torch.stack(row) for row in decided])
 
 

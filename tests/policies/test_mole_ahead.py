@@ -49,7 +49,10 @@ def test_a_decoder_block_decides_by_the_encoders_tokens(architecture: str, evide
             if evidence == "outputs":
                 outputs = [torch.zeros(e.shape[1]) if f is None else f.scale * (f.B @ (f.A @ x)) for f in factors]
                 x = torch.cat(outputs)
-            logits = (x / x.norm()) @ e.reshape(-1, 3) / tau
+            v = x / x.norm()
+            if gate.standard is not None:
+                v = (v - gate.standard.center) / gate.standard.spread
+            logits = v @ e.reshape(-1, 3) / tau
             assert_close(seen.weights[site.name][row, 0], logits.softmax(-1), atol=2e-5, rtol=1e-4)
 
 

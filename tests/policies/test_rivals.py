@@ -83,6 +83,12 @@ def cat_weights(gate: Any, factors: Factors, x: Tensor, real: Any, kept: list[in
     return torch.tensor([[[float(gate.w.detach()[i]) if i in kept else 0.0 for i in range(3)]]], dtype=torch.float64)
 
 
+def shared_cat_weights(gate: Any, factors: Factors, x: Tensor, real: Any, kept: list[int]) -> Tensor:
+    """As the released code has it: the softmax of what is learned."""
+    exponentials = [math.exp(float(gate.w.detach()[i])) if i in kept else 0.0 for i in range(3)]
+    return torch.tensor([[[e / sum(exponentials) for e in exponentials]]], dtype=torch.float64)
+
+
 def flow_weights(gate: Any, factors: Factors, x: Tensor, real: Any, kept: list[int]) -> Tensor:
     """``softmax(W x_t) + b``, among the experts kept."""
     W, b = gate.W.detach().double(), gate.b.detach().double()
@@ -141,6 +147,7 @@ def logo_weights(signal: str, k: int, pooling: str) -> Oracle:
 def test_weights_are_the_papers(hosts: Any, architecture: str, kept: list[int]) -> None:
     host = hosts[architecture]
     check(host, architecture, lw.CAT(), cat_weights, kept)
+    check(host, architecture, lw.CAT(softmax=True), shared_cat_weights, kept)
     check(host, architecture, lw.LoRAFlow(), flow_weights, kept)
     check(host, architecture, lw.LoRAFlow("matrix"), flow_weights, kept)
     for k, temperature in ((1, 1.0), (2, 0.3), (3, 2.0)):
@@ -158,7 +165,7 @@ def test_untrained_gates_are_the_average(hosts: Any) -> None:
     inputs = tiny.batch("t5")
     mixture.policy = lw.Linear()
     expected = tiny.logits(mixture.model, inputs)
-    for policy in (lw.CAT(), lw.LoRAFlow(), lw.CAT(granularity="network")):
+    for policy in (lw.CAT(), lw.LoRAFlow(), lw.CAT(granularity="network"), lw.CAT(softmax=True)):
         mixture.policy = policy
         assert_close(tiny.logits(mixture.model, inputs), expected, atol=1e-6, rtol=1e-6)
     mixture.policy = lw.CAT(start=1.0)
@@ -217,6 +224,7 @@ def test_arrow_is_pefts(tmp_path: Path) -> None:
         (lambda: lw.CAT(granularity="blok"), r"unknown cat granularity 'blok'; did you mean 'block'\?"),  # type: ignore[arg-type]
         (lambda: lw.CAT(start=float("nan")), "cat start: expected a finite number, got nan"),
         (lambda: lw.CAT(balance=-1), "cat balance"),
+        (lambda: lw.CAT(start=0.5, softmax=True), "with softmax every weight starts at 1/N"),
         (lambda: lw.LoRAFlow(granularity="layers"), "did you mean 'layer'"),  # type: ignore[arg-type]
         (lambda: lw.LoRAFlow(balance=float("inf")), "lora_flow balance"),
         (lambda: lw.Arrow(k=0), "arrow k: expected a whole number of at least 1, got 0"),

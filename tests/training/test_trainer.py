@@ -29,7 +29,8 @@ def trainer(mixture: Any, folder: Path, rows: Any, balance: float | None = None,
 def test_gates_learn_and_nothing_else_moves(architecture: str, tmp_path: Path) -> None:
     mixture = lessons.mixture(architecture, lw.MoLE(scale=1.0))
     trainable = {id(p) for _, p in mixture.gate_parameters() if p.requires_grad}
-    others = [t for t in (*mixture.model.parameters(), *mixture.model.buffers()) if id(t) not in trainable]
+    gates = {id(p) for _, p in mixture.gate_parameters()}
+    others = [t for t in (*mixture.model.parameters(), *mixture.model.buffers()) if id(t) not in gates]
     before = [t.clone() for t in others]
     rows = lessons.lesson(architecture)
     run = trainer(mixture, tmp_path, rows, 0.0, max_steps=40, logging_steps=5)

@@ -9,13 +9,45 @@ import warnings
 from collections.abc import Sequence
 
 from loraweave import __version__
-from loraweave.cli import compare, demo, evaluate, generate, image, inspect, merge, plot, train, version
+from loraweave.cli import (
+    agree,
+    compare,
+    demo,
+    evaluate,
+    generate,
+    image,
+    inspect,
+    judge,
+    merge,
+    plot,
+    report,
+    testbed,
+    train,
+    validate,
+    version,
+)
 from loraweave.cli.verb import Parser, Verb, paragraphs
 from loraweave.errors import LoraweaveError, LoraweaveWarning, unknown
 
 VERBS: dict[str, Verb] = {
     module.VERB.name: module.VERB
-    for module in (demo, inspect, merge, train, generate, evaluate, compare, image, plot, version)
+    for module in (
+        demo,
+        inspect,
+        merge,
+        train,
+        generate,
+        evaluate,
+        compare,
+        report,
+        image,
+        testbed,
+        judge,
+        agree,
+        validate,
+        plot,
+        version,
+    )
 }
 
 _RECIPE = """\

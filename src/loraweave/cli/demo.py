@@ -27,7 +27,7 @@ def _run(options: argparse.Namespace) -> None:
         overrides.append(f"train.seeds={list(range(options.seeds))}")
     with resources.as_file(resources.files("loraweave.cli") / RECIPE) as path:
         recipe = load_recipe(path, overrides)
-    compare(recipe, options.out)
+    compare(recipe, options.out, fresh=True)
 
 
 VERB = Verb(

@@ -35,7 +35,7 @@ def _run(options: argparse.Namespace) -> None:
         data = data or building.training_data(recipe, recipe.train.seed)
         # A search has no checkpoints: it is over in minutes.
         checkpoints = {"output_dir": options.checkpoints, "resume": options.checkpoints is not None}
-        print(learn(mixture, data, tokenizer=tokenizer, **checkpoints, **recipe.train.options()))
+        print(learn(mixture, data, tokenizer=tokenizer, **checkpoints, **recipe.train.options()).summary)
     else:
         print(f"{recipe.method.name!r} has nothing to train")
     # Merged experts are nowhere on disk.

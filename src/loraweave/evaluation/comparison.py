@@ -8,9 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from loraweave.errors import LoraweaveError
+from loraweave.evaluation.cells import Cell, Cost
 from loraweave.evaluation.environment import environment, peak_gpu_memory_gb, peak_memory_gb
 
 SINGLE = "only:"
@@ -119,43 +118,32 @@ def spread(values: Iterable[float]) -> dict[str, Any]:
     return {"mean": statistics.fmean(listed), "std": deviation, "per_seed": listed}
 
 
-def paired_bootstrap(
-    a: Sequence[float], b: Sequence[float], *, resamples: int = 10_000, confidence: float = 0.95, seed: int = 0
-) -> tuple[float, float, float]:
-    """How much better ``a`` is than ``b`` on the same items: ``(difference of means, low, high)``.
-
-    The bounds are the percentile interval over ``resamples`` draws of items with replacement (Efron; for NLP see Koehn
-    2004). An interval without 0 means that other items of this kind would hardly turn the order round; it says nothing
-    about other seeds.
-
-    Args:
-        a: scores of each item under one method.
-        b: scores of the same items, in the same order, under the other.
-        resamples: number of draws.
-        confidence: share of draws inside the bounds.
-        seed: of the draws.
-
-    Raises:
-        LoraweaveError: no items, unequal numbers of them, or a parameter out of range.
+def costs(cells: Sequence[Cell]) -> dict[str, dict[str, float | None]]:
+    """Method -> what it takes: ``train_seconds``, ``evaluations`` (optimizer steps, or weightings that a search tried),
+    ``examples_seen`` and ``seconds_per_item`` (answering one test item), means over seeds; ``peak_memory_gb`` and
+    ``peak_gpu_memory_gb`` (of the process, the model included), the largest, None where unknown.
     """
-    if len(a) != len(b) or not len(a):
-        raise LoraweaveError(f"paired bootstrap: expected as many scores on both sides, got {len(a)} and {len(b)}")
-    if resamples < 1 or not 0 < confidence < 1:
-        raise LoraweaveError(
-            f"paired bootstrap: expected resamples >= 1 and 0 < confidence < 1, got {resamples} and {confidence:g}"
-        )
-    differences = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    generator = np.random.default_rng(seed)
-    n = len(differences)
-    at_once = max(1, 1_000_000 // n)
-    means = np.concatenate(
-        [
-            differences[generator.integers(n, size=(min(at_once, resamples - done), n))].mean(axis=1)
-            for done in range(0, resamples, at_once)
-        ]
-    )
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(differences.mean()), float(low), float(high)
+    by_method: dict[str, list[Cell]] = {}
+    for cell in cells:
+        by_method.setdefault(cell.method, []).append(cell)
+    return {method: _cost([cell.cost for cell in found], _items(found[0])) for method, found in by_method.items()}
+
+
+def _items(cell: Cell) -> int:
+    return sum(map(len, cell.items.values()))
+
+
+def _cost(found: Sequence[Cost], items: int) -> dict[str, float | None]:
+    return {
+        "train_seconds": statistics.fmean(cost.train_seconds for cost in found),
+        "evaluations": statistics.fmean(cost.evaluations for cost in found),
+        "examples_seen": statistics.fmean(cost.examples_seen for cost in found),
+        "seconds_per_item": statistics.fmean(cost.score_seconds for cost in found) / items,
+        "peak_memory_gb": max((cost.peak_memory_gb for cost in found if cost.peak_memory_gb is not None), default=None),
+        "peak_gpu_memory_gb": max(
+            (cost.peak_gpu_memory_gb for cost in found if cost.peak_gpu_memory_gb is not None), default=None
+        ),
+    }
 
 
 def _by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:

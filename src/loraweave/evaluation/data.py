@@ -52,7 +52,7 @@ def read_examples(source: ExampleSource, *, limit: int | None = None) -> list[Ex
     if limit is not None and limit < 1:
         raise LoraweaveError(f"limit: expected a number of rows of at least 1, got {limit}")
     if isinstance(source, str | os.PathLike):
-        rows, name = _lines(Path(source)), f"the file {os.fspath(source)!r}"
+        rows, name = read_rows(source), f"the file {os.fspath(source)!r}"
     elif isinstance(source, Mapping):
         keys = ", ".join(map(str, source)) or "none"
         raise LoraweaveError(f"expected rows, got a mapping with the keys {keys}; choose one split, e.g. data['train']")
@@ -73,8 +73,13 @@ def _numbered(source: Iterable[Any]) -> Iterator[tuple[str, Any]]:
     yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def _lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """``(file:line, parsed row)`` of a JSON lines file."""
+def read_rows(source: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
+    """``(file:line, parsed row)`` of a JSON lines file.
+
+    Raises:
+        LoraweaveError: the file is missing, cannot be read, is not UTF-8 or not JSON lines.
+    """
+    path = Path(source)
     try:
         # A mark at the start of the file is what some Windows editors leave: not part of the data.
         with path.open(encoding="utf-8-sig") as file:

@@ -6,11 +6,14 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 PACKAGES = ("loraweave", "torch", "transformers", "peft")
+_EARLIER = 0.0
 
 
 def environment() -> dict[str, Any]:
@@ -36,6 +39,34 @@ def environment() -> dict[str, Any]:
 
 def peak_memory_gb() -> float | None:
     """The most memory this process has held so far, in GB (10^9 bytes); None where the system does not say."""
+    latest = _high_water_gb()
+    return None if latest is None else max(latest, _EARLIER)
+
+
+@contextmanager
+def peak_memory() -> Iterator[dict[str, float | None]]:
+    """What ``peak_memory_gb`` and ``peak_gpu_memory_gb`` are of the block alone; filled in when it ends.
+
+    The first is None where the system cannot forget an earlier peak, which only Linux can.
+    """
+    global _EARLIER
+    found: dict[str, float | None] = {"peak_memory_gb": None, "peak_gpu_memory_gb": None}
+    before = peak_memory_gb()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        forgot = True
+    except OSError:
+        forgot = False
+    yield found
+    found["peak_memory_gb"] = _high_water_gb() if forgot else None
+    found["peak_gpu_memory_gb"] = peak_gpu_memory_gb()
+    _EARLIER = max(_EARLIER, before or 0.0)
+
+
+def _high_water_gb() -> float | None:
     status = Path("/proc/self/status")
     if status.exists():
         # Not ru_maxrss, which on Linux a process inherits from the one that started it.

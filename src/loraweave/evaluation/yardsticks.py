@@ -1,13 +1,14 @@
-"""What a comparison measures methods by, and no mixture is: other LoRAs in the place of the experts.
+"""Contestants of a comparison that are no policies: other LoRAs in the place of the experts, or another library.
 
-Each answers, for one seed, what to attach instead of the recipe's experts, and under which policy.
+Each lends, for one seed, a model that is ready to answer, and says what that took.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -19,6 +20,8 @@ from loraweave.experts.types import Expert, LoraFactors
 from loraweave.mixing.types import Policy
 from loraweave.policies import Sum, checks, registry
 from loraweave.text import Collator, encode_example
+from loraweave.training.learn import Learned
+from loraweave.training.train import BATCH_SIZE
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,24 @@ class Setting:
         rows, collate = self.encoded(), Collator(self.tokenizer)
         return [collate(rows[first : first + size]) for first in range(0, len(rows), size)]
 
+    def taught(self) -> Learned:
+        """What training by gradients takes with these options."""
+        steps, rows = int(self.options.get("steps", 100)), int(self.options.get("batch_size", BATCH_SIZE))
+        rows *= int(self.options.get("gradient_accumulation_steps", 1))
+        return Learned("", steps, steps * rows)
+
     def encoded(self) -> list[dict[str, list[int]]]:
         lengths: dict[str, Any] = {name: self.options.get(name) for name in ("max_input_length", "max_target_length")}
         seq2seq = bool(self.model.config.is_encoder_decoder)
         return [encode_example(self.tokenizer, e, is_encoder_decoder=seq2seq, **lengths) for e in self.examples]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A model that answers, and what learning was done for it."""
+
+    model: Any
+    learned: Learned
 
 
 class Yardstick(Protocol):
@@ -58,8 +75,24 @@ class Yardstick(Protocol):
     @property
     def name(self) -> str: ...
 
-    def stand_ins(self, setting: Setting) -> tuple[dict[str, Expert], Policy]:
-        """What to attach in the experts' place, and under which policy."""
+    def contest(self, setting: Setting) -> AbstractContextManager[Ready]:
+        """Make ready; when the block ends, the setting's model is bare again."""
+
+
+@contextmanager
+def standing_in(setting: Setting, stand_ins: tuple[dict[str, Expert], Policy], spent: Learned) -> Iterator[Ready]:
+    """Other experts on the model, under a policy that learns if it can; ``spent`` is what finding them took."""
+    from loraweave.mixture import attach
+    from loraweave.training.learn import learn, learns
+
+    mixture = attach(setting.model, *stand_ins)
+    try:
+        if learns(mixture):
+            options = {"progress": False, **setting.options, "seed": setting.seed}
+            spent = learn(mixture, setting.examples, tokenizer=setting.tokenizer, **options)
+        yield Ready(setting.model, spent)
+    finally:
+        mixture.detach()
 
 
 @dataclass(frozen=True)
@@ -86,6 +119,9 @@ class FreshLoRA:
         ranks = [f.rank for expert in setting.experts.values() for f in expert.factors.values()]
         return {"fresh": train_lora(setting, targets, self.rank or max(ranks), self.learning_rate)}, Sum()
 
+    def contest(self, setting: Setting) -> AbstractContextManager[Ready]:
+        return standing_in(setting, self.stand_ins(setting), setting.taught())
+
 
 @dataclass(frozen=True)
 class RandomLoRAs:
@@ -105,6 +141,9 @@ class RandomLoRAs:
     def stand_ins(self, setting: Setting) -> tuple[dict[str, Expert], Policy]:
         generator = torch.Generator().manual_seed(setting.seed)
         return {n: scrambled(e, generator) for n, e in setting.experts.items()}, registry.from_dict(self.method)
+
+    def contest(self, setting: Setting) -> AbstractContextManager[Ready]:
+        return standing_in(setting, self.stand_ins(setting), Learned("", 0, 0))
 
 
 @dataclass(frozen=True)
@@ -131,8 +170,61 @@ class BestSingle:
         best = min(losses, key=losses.__getitem__)
         return {best: setting.experts[best]}, Sum()
 
+    def contest(self, setting: Setting) -> AbstractContextManager[Ready]:
+        tried = len(setting.experts)
+        return standing_in(setting, self.stand_ins(setting), Learned("", tried, tried * len(setting.examples)))
 
-YARDSTICKS: dict[str, type[Any]] = {kind.name: kind for kind in (FreshLoRA, RandomLoRAs, BestSingle)}
+
+@dataclass(frozen=True)
+class XLoRA:
+    """X-LoRA as peft has it (Buehler & Buehler 2024), trained on the very examples and steps that methods have.
+
+    A classifier reads the bare model's last hidden states and gives each expert a weight per token. Decoder-only models
+    whose body is called ``model`` (Llama, Qwen, Mistral ...); other ones are refused.
+
+    Args:
+        learning_rate: of the classifier, at its highest; it falls linearly to zero.
+        depth: layers of the classifier.
+        layerwise: weights of their own for every module, instead of one for all.
+        softmax: weights share a total of one; else they are the classifier's bare outputs.
+        scale: multiplies every expert.
+    """
+
+    learning_rate: float = 1e-3
+    depth: int = 1
+    layerwise: bool = False
+    softmax: bool = True
+    scale: float = 1.0
+
+    name: ClassVar[str] = "xlora"
+    source: ClassVar[str] = "https://arxiv.org/abs/2402.07148"
+
+    def __post_init__(self) -> None:
+        checks.finite(self.name, "learning_rate", self.learning_rate, above=0)
+        checks.whole(self.name, "depth", self.depth)
+        checks.finite(self.name, "scale", self.scale)
+
+    @contextmanager
+    def contest(self, setting: Setting) -> Iterator[Ready]:
+        """As :class:`Yardstick` has it.
+
+        Raises:
+            LoraweaveError: see :func:`loraweave.integrations.xlora.check`.
+        """
+        from loraweave.integrations.xlora import wrapped
+
+        options = {
+            "xlora_depth": self.depth,
+            "layerwise_scalings": self.layerwise,
+            "enable_softmax": self.softmax,
+            "global_scaling_weight": self.scale,
+        }
+        with wrapped(setting.model, setting.experts, setting.seed, **options) as model:
+            fit(model, setting, self.learning_rate)
+            yield Ready(model, setting.taught())
+
+
+YARDSTICKS: dict[str, type[Any]] = {kind.name: kind for kind in (FreshLoRA, RandomLoRAs, BestSingle, XLoRA)}
 
 
 def scrambled(expert: Expert, generator: torch.Generator) -> Expert:
@@ -157,7 +249,6 @@ def train_lora(setting: Setting, targets: Sequence[str], rank: int, learning_rat
         learning_rate: at its highest.
     """
     import peft
-    from transformers import Trainer, TrainingArguments
 
     from loraweave.experts.reader import read_expert
 
@@ -166,27 +257,9 @@ def train_lora(setting: Setting, targets: Sequence[str], rank: int, learning_rat
     torch.manual_seed(setting.seed)
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets))
     tuned = peft.get_peft_model(setting.model, config)
-    steps = int(setting.options.get("steps", 100))
     try:
+        fit(tuned, setting, learning_rate)
         with tempfile.TemporaryDirectory() as scratch:
-            arguments = TrainingArguments(
-                output_dir=scratch,
-                max_steps=steps,
-                learning_rate=learning_rate,
-                per_device_train_batch_size=int(setting.options.get("batch_size", 24)),
-                warmup_steps=max(1, steps // 20),
-                lr_scheduler_type="linear",
-                seed=setting.seed,
-                bf16=bool(setting.options.get("bf16", False)),
-                save_strategy="no",
-                logging_strategy="no",
-                report_to=[],
-                disable_tqdm=True,
-                remove_unused_columns=False,
-                dataloader_pin_memory=next(model.parameters()).is_cuda,
-            )
-            rows: Any = setting.encoded()
-            Trainer(tuned, arguments, train_dataset=rows, data_collator=Collator(setting.tokenizer)).train()
             tuned.save_pretrained(scratch, save_embedding_layers=False)
             fresh = read_expert(scratch, "fresh")
     finally:
@@ -196,3 +269,36 @@ def train_lora(setting: Setting, targets: Sequence[str], rank: int, learning_rat
         for module, mode in modes:
             module.training = mode
     return Expert("fresh", fresh.factors, base=fresh.base)
+
+
+def fit(model: Any, setting: Setting, learning_rate: float) -> None:
+    """Train whatever of ``model`` requires gradients on the setting's examples, as gates are trained.
+
+    Args:
+        model: with a loss, as transformers has it.
+        setting: examples, seed, and ``steps``, ``batch_size`` ... in its options.
+        learning_rate: at its highest; it falls linearly to zero.
+    """
+    from transformers import Trainer, TrainingArguments
+
+    steps = setting.taught().evaluations
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = TrainingArguments(
+            output_dir=scratch,
+            max_steps=steps,
+            learning_rate=learning_rate,
+            per_device_train_batch_size=int(setting.options.get("batch_size", BATCH_SIZE)),
+            gradient_accumulation_steps=int(setting.options.get("gradient_accumulation_steps", 1)),
+            warmup_steps=max(1, steps // 20),
+            lr_scheduler_type="linear",
+            seed=setting.seed,
+            bf16=bool(setting.options.get("bf16", False)),
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=next(model.parameters()).is_cuda,
+        )
+        rows: Any = setting.encoded()
+        Trainer(model, arguments, train_dataset=rows, data_collator=Collator(setting.tokenizer)).train()

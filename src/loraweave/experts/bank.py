@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,26 @@ def layout(ranks: tuple[int, ...], scales: tuple[float, ...]) -> Layout:
     return Layout(ranks, scales)
 
 
+class Extent(NamedTuple):
+    """How much room one LoRA takes: all of :class:`LoraFactors` but the numbers.
+
+    Attributes:
+        rank, scale, embedding: its own.
+        inputs: shape of one row of ``A``.
+        outputs: rows of ``B``.
+    """
+
+    rank: int
+    scale: float
+    inputs: tuple[int, ...]
+    outputs: int
+    embedding: bool
+
+    @classmethod
+    def of(cls, f: LoraFactors) -> Extent:
+        return cls(f.rank, float(f.scale), tuple(f.A.shape[1:]), f.B.shape[0], f.embedding)
+
+
 class Bank(nn.Module):
     """The experts of one module, stacked in the mixture's order.
 
@@ -94,17 +115,27 @@ class Bank(nn.Module):
     @classmethod
     def stack(cls, factors: Sequence[LoraFactors | None], dtype: torch.dtype, device: torch.device) -> Bank:
         """Stack one module's factors, one entry per expert of the mixture (``None``: does not touch this module)."""
-        present = [f for f in factors if f is not None]
-        ranks = tuple(0 if f is None else f.rank for f in factors)
-        scales = tuple(0.0 if f is None else float(f.scale) for f in factors)
-        A = torch.empty(sum(ranks), *present[0].A.shape[1:], dtype=dtype, device=device)
-        Bt = torch.empty(sum(ranks), present[0].B.shape[0], dtype=dtype, device=device)
-        start = 0
-        for f in present:
-            A[start : start + f.rank].copy_(f.A)
-            Bt[start : start + f.rank].copy_(f.B.T)
-            start += f.rank
-        return cls(A, Bt, layout(ranks, scales), present[0].embedding)
+        bank = cls.room_for([None if f is None else Extent.of(f) for f in factors], dtype, device)
+        for number, f in enumerate(factors):
+            if f is not None:
+                bank.put(number, f)
+        return bank
+
+    @classmethod
+    def room_for(cls, extents: Sequence[Extent | None], dtype: torch.dtype, device: torch.device) -> Bank:
+        """A bank of the size that these LoRAs need, whose rows :meth:`put` has yet to write."""
+        first = next(extent for extent in extents if extent is not None)
+        ranks = tuple(0 if extent is None else extent.rank for extent in extents)
+        scales = tuple(0.0 if extent is None else extent.scale for extent in extents)
+        A = torch.empty(sum(ranks), *first.inputs, dtype=dtype, device=device)
+        Bt = torch.empty(sum(ranks), first.outputs, dtype=dtype, device=device)
+        return cls(A, Bt, layout(ranks, scales), first.embedding)
+
+    def put(self, expert: int, f: LoraFactors) -> None:
+        """Write the rows of expert number ``expert``."""
+        start = self.layout.offsets[expert]
+        self.A[start : start + f.rank].copy_(f.A)
+        self.Bt[start : start + f.rank].copy_(f.B.T)
 
     def factors(self, expert: int) -> LoraFactors | None:
         """Expert number ``expert`` as it was stacked (views, no copy), or ``None`` if it does not touch this module."""

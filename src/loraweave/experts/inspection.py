@@ -8,10 +8,11 @@ from loraweave.errors import LoraweaveError
 from loraweave.experts.checks import each_tensor, header_problems, sorted_keys, value_problem
 from loraweave.experts.config import CONFIG_NAME, AdapterConfig, read_config
 from loraweave.experts.keys import KeyTable
+from loraweave.experts.mapped import open_tensors
 from loraweave.experts.report import ExpertReport, counted, shortened
 from loraweave.experts.single_file import inspect_file
 from loraweave.experts.sources import WEIGHTS_NAME, locate
-from loraweave.experts.weightfile import Header, hash_files, open_tensors, read_header
+from loraweave.experts.weightfile import Header, hash_files, read_header
 
 __all__ = ["ExpertReport", "inspect"]
 
@@ -98,12 +99,12 @@ def _examine_values(header: Header, table: KeyTable) -> tuple[list[str], list[st
     """Tensors whose values cannot be mixed, and modules whose LoRA is all zero."""
     damaged: list[str] = []
     zero: set[str] = set()
-    with open_tensors(header) as get:
-        for key, tensor in each_tensor(header, table, get):
-            if problem := value_problem(header, key, tensor):
-                damaged.append(problem)
-            if not bool(tensor.any()):
-                zero.add(key)
+    get = open_tensors(header)
+    for key, tensor in each_tensor(header, table, get):
+        if problem := value_problem(header, key, tensor):
+            damaged.append(problem)
+        if not bool(tensor.any()):
+            zero.add(key)
     return damaged, [module for module, keys in table.modules.items() if keys.A in zero or keys.B in zero]
 
 

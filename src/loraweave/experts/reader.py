@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from torch import Tensor
-
 from loraweave.errors import LoraweaveError, LoraweaveWarning
-from loraweave.experts.checks import each_tensor, header_problems, sorted_keys, value_problem
+from loraweave.experts.checks import header_problems, sorted_keys
 from loraweave.experts.config import AdapterConfig, read_config
 from loraweave.experts.keys import KeyTable
+from loraweave.experts.mapped import Entry, MappedFactors, MappedFile
+from loraweave.experts.scan import checked_hash
 from loraweave.experts.sources import Location, locate
-from loraweave.experts.types import Expert, LoraFactors
-from loraweave.experts.weightfile import Header, hash_files, open_tensors, read_header
+from loraweave.experts.types import Expert
+from loraweave.experts.weightfile import Header, hash_files, read_header
 
 
 def read_expert(
@@ -47,13 +47,13 @@ def read_expert(
     for problem in header_problems(config, header, table):
         raise LoraweaveError(problem)
     _warn(config, header, table)
-    with open_tensors(header) as get:
-        factors = _factors(config, header, table, get)
+    sha256 = checked_hash(header, _names(table), location.config)
+    factors = _factors(config, header, table)
     return Expert(
         name=name or location.name,
         factors=factors,
         source=location.source,
-        sha256=_hash(location),
+        sha256=sha256,
         base=config.base,
         revision=location.revision,
     )
@@ -99,18 +99,17 @@ def fingerprint(
     return _hash(locate(source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only))
 
 
-def _factors(
-    config: AdapterConfig, header: Header, table: KeyTable, get: Callable[[str], Tensor]
-) -> dict[str, LoraFactors]:
-    tensors = dict(each_tensor(header, table, get))
-    for key, tensor in tensors.items():
-        if problem := value_problem(header, key, tensor):
-            raise LoraweaveError(problem)
-    factors = {}
+def _factors(config: AdapterConfig, header: Header, table: KeyTable) -> MappedFactors:
+    entries = {}
     for module, keys in table.modules.items():
-        a, b = tensors[str(keys.A)], tensors[str(keys.B)]
-        factors[module] = LoraFactors(a, b.flatten(1), config.scale_of(module, a.shape[0]), keys.embedding)
-    return factors
+        a, b = header.tensors[str(keys.A)], header.tensors[str(keys.B)]
+        entries[module] = Entry(a, b, config.scale_of(module, a.shape[0]), keys.embedding)
+    return MappedFactors(MappedFile(header), entries)
+
+
+def _names(table: KeyTable) -> frozenset[str]:
+    """Names of all factors."""
+    return frozenset(str(key) for keys in table.modules.values() for key in (keys.A, keys.B))
 
 
 def _warn(config: AdapterConfig, header: Header, table: KeyTable) -> None:

@@ -5,22 +5,28 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from loraweave.errors import LoraweaveError, unknown
 from loraweave.experts.types import Expert
 
+THREADS = 4
+"""How many experts are read at a time."""
 # Names become folder names, keys in files and column heads.
 _NAME = re.compile(r"[\w][\w .+-]*")
 
 
+T = TypeVar("T")
+R = TypeVar("R")
 Reader = Callable[[str | Path, str], Expert]
 
 
 def resolve_experts(
     experts: Mapping[str, str | Path | Expert] | Sequence[str | Path | Expert], read: Reader | None = None
 ) -> list[Expert]:
-    """Read all experts, in order.
+    """Read all experts, several at a time; they come in order.
 
     Args:
         experts: names and sources, or sources alone.
@@ -34,7 +40,13 @@ def resolve_experts(
     named = dict(experts) if isinstance(experts, Mapping) else _by_folder(experts)
     if not named:
         raise LoraweaveError("experts: expected at least one, got none")
-    return [resolve_expert(source, name, read) for name, source in named.items()]
+    return in_threads(lambda item: resolve_expert(item[1], item[0], read), list(named.items()))
+
+
+def in_threads(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """``work`` on every item, several at a time; the results, or the first error, in the items' order."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(work, items))
 
 
 def resolve_expert(source: str | Path | Expert, name: str, read: Reader | None = None) -> Expert:

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from loraweave.experts.config import CONFIG_NAME
+from loraweave.experts.mapped import open_tensors
 from loraweave.experts.report import ExpertReport, counted, shortened
-from loraweave.experts.weightfile import Header, hash_files, open_tensors, read_header
+from loraweave.experts.weightfile import Header, hash_files, read_header
 
 _CONVENTIONS = (
     ("lycoris", re.compile(r"\.(hada_w|lokr_w|oft_|glora|diff$|lora_mid)")),
@@ -145,8 +146,8 @@ def convention(names: Iterable[str]) -> str:
 def _alphas(header: Header) -> dict[str, float]:
     """The scalar ``.alpha`` of each module, where the file has any."""
     keys = [key for key, info in header.tensors.items() if key.endswith(".alpha") and info.count == 1]
-    with open_tensors(header) as get:
-        return {key.removesuffix(".alpha"): float(get(key).item()) for key in keys}
+    get = open_tensors(header)
+    return {key.removesuffix(".alpha"): float(get(key).item()) for key in keys}
 
 
 def _leaf(module: str) -> str:

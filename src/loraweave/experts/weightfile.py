@@ -9,12 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-from torch import Tensor
 
 from loraweave.errors import LoraweaveError
 
@@ -94,23 +91,6 @@ def read_header(path: Path) -> Header:
     tensors = {name: _tensor_info(path, name, entry) for name, entry in content.items()}
     _check_ranges(path, tensors, size, 8 + length)
     return Header(path, tensors, metadata, size, 8 + length)
-
-
-@contextmanager
-def open_tensors(header: Header) -> Iterator[Callable[[str], Tensor]]:
-    """A function from a tensor's name to the tensor, memory-mapped from the file.
-
-    Raises:
-        LoraweaveError: the safetensors library refuses the file after all.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        file = safe_open(str(header.path), framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise LoraweaveError(f"{header.path}: not a readable safetensors file ({error})") from error
-    with file:
-        yield file.get_tensor
 
 
 def hash_files(paths: Iterable[Path]) -> str:

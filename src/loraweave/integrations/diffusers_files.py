@@ -19,11 +19,12 @@ from torch.utils._pytree import tree_flatten
 from loraweave.errors import LoraweaveError, LoraweaveWarning
 from loraweave.experts.checks import value_problem
 from loraweave.experts.config import CONFIG_NAME, AdapterConfig, parse_config
+from loraweave.experts.mapped import open_tensors
 from loraweave.experts.report import ExpertReport
 from loraweave.experts.single_file import convention, inspect_file, refusals
 from loraweave.experts.sources import WEIGHTS_NAME
 from loraweave.experts.types import Expert, LoraFactors
-from loraweave.experts.weightfile import MIXABLE_DTYPES, PICKLES, Header, open_tensors, pickle_refused, read_header
+from loraweave.experts.weightfile import MIXABLE_DTYPES, PICKLES, Header, pickle_refused, read_header
 
 _METADATA = "lora_adapter_metadata"
 _WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -177,19 +178,19 @@ def _loaded(header: Header) -> dict[str, Tensor]:
     stems &= {key.removesuffix(".lora_up.weight") for key in header.tensors if key.endswith(".lora_up.weight")}
     stems = {stem for stem in stems if not stem.startswith("lora_te3_")}
     tensors: dict[str, Tensor] = {}
-    with open_tensors(header) as get:
-        for key, info in header.tensors.items():
-            stem = key.removesuffix(".lora_down.weight").removesuffix(".lora_up.weight").removesuffix(".alpha")
-            if kohya and stem not in stems:
-                continue  # reported as unmatched; converters stumble over half a pair
-            if info.dtype not in MIXABLE_DTYPES:
-                raise LoraweaveError(
-                    f"{header.path}: tensor {key!r} has dtype {info.dtype}; expected one of {', '.join(MIXABLE_DTYPES)}"
-                )
-            tensor = get(key)
-            if problem := value_problem(header, key, tensor):
-                raise LoraweaveError(problem)
-            tensors[key] = _Traced.of(tensor, key)
+    get = open_tensors(header)
+    for key, info in header.tensors.items():
+        stem = key.removesuffix(".lora_down.weight").removesuffix(".lora_up.weight").removesuffix(".alpha")
+        if kohya and stem not in stems:
+            continue  # reported as unmatched; converters stumble over half a pair
+        if info.dtype not in MIXABLE_DTYPES:
+            raise LoraweaveError(
+                f"{header.path}: tensor {key!r} has dtype {info.dtype}; expected one of {', '.join(MIXABLE_DTYPES)}"
+            )
+        tensor = get(key)
+        if problem := value_problem(header, key, tensor):
+            raise LoraweaveError(problem)
+        tensors[key] = _Traced.of(tensor, key)
     return tensors
 
 

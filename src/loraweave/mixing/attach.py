@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from loraweave.errors import LoraweaveError
-from loraweave.experts.bank import Bank
+from loraweave.experts.bank import Bank, Extent
 from loraweave.experts.types import Expert, LoraFactors
 from loraweave.mixing.layer import MixingConv, MixingEmbedding, MixingLayer
+
+THREADS = 4
+"""Experts that are copied at a time, at most: each has its file in memory meanwhile."""
 
 
 @dataclass
@@ -29,10 +34,15 @@ class Attachment:
             parameter.requires_grad_(True)
 
 
-def attach_layers(model: nn.Module, experts: Sequence[Expert]) -> Attachment:
+def attach_layers(model: nn.Module, experts: list[Expert]) -> Attachment:
     """Replace every module that an expert touches by a mixing layer, and freeze the model.
 
     Nothing is changed unless everything fits.
+
+    Args:
+        model: the host.
+        experts: emptied on the way: an expert that nobody else holds is let go of as soon as its rows are copied, so
+            that files mapped into memory do not stay there beside the copy.
 
     Raises:
         LoraweaveError: a mixture or peft adapter is attached already, an expert's module does not exist, or a shape
@@ -40,19 +50,20 @@ def attach_layers(model: nn.Module, experts: Sequence[Expert]) -> Attachment:
     """
     _refuse_attached(model)
     modules = dict(model.named_modules(remove_duplicate=False))
-    by_path: dict[str, list[LoraFactors | None]] = {}
+    by_path: dict[str, list[Extent | None]] = {}
     for number, expert in enumerate(experts):
         _refuse_stranger(expert, model, modules)
         for path, factors in expert.factors.items():
             _refuse_uncalled(expert, path, modules)
             _check_shape(expert, path, modules[path], factors)
-            by_path.setdefault(path, [None] * len(experts))[number] = factors
+            by_path.setdefault(path, [None] * len(experts))[number] = Extent.of(factors)
     order = {path: n for n, path in enumerate(modules)}
     paths = sorted(by_path, key=order.__getitem__)
     twice = _shared(paths, modules)
     if twice:
         raise LoraweaveError(f"{twice[0]!r} and {twice[1]!r} are one module; the experts must name it alike")
     layers = {path: _mixing_layer(modules[path], by_path[path], path, model) for path in paths}
+    _fill({path: layer.bank for path, layer in layers.items()}, experts)
     replaced = _replace(model, {id(layer.base): layer for layer in layers.values()})
     frozen = [p for p in model.parameters() if p.requires_grad]
     for parameter in frozen:
@@ -150,7 +161,7 @@ def _shared(paths: Sequence[str], modules: Mapping[str, nn.Module]) -> tuple[str
     return None
 
 
-def _mixing_layer(base: nn.Module, factors: Sequence[LoraFactors | None], path: str, model: nn.Module) -> MixingLayer:
+def _mixing_layer(base: nn.Module, extents: Sequence[Extent | None], path: str, model: nn.Module) -> MixingLayer:
     weight = getattr(base, "weight", None)
     plain = isinstance(weight, torch.Tensor) and weight.dtype in (
         torch.float32,
@@ -159,11 +170,33 @@ def _mixing_layer(base: nn.Module, factors: Sequence[LoraFactors | None], path: 
         torch.float64,
     )
     dtype = weight.dtype if plain else getattr(model, "dtype", torch.get_default_dtype())  # type: ignore[union-attr]
-    device = weight.device if isinstance(weight, torch.Tensor) else next(model.parameters()).device
+    device = _device(base, weight if isinstance(weight, torch.Tensor) else next(model.parameters()))
     kind = MixingLayer
     if isinstance(base, nn.Embedding | nn.Conv2d):
         kind = MixingEmbedding if isinstance(base, nn.Embedding) else MixingConv
-    return kind(base, Bank.stack(factors, dtype, device), path)
+    return kind(base, Bank.room_for(extents, dtype, device), path)
+
+
+def _device(base: nn.Module, weight: torch.Tensor) -> torch.device:
+    """Where a module computes: accelerate keeps offloaded weights elsewhere and brings them in for each call."""
+    hook = getattr(base, "_hf_hook", None)
+    places = [getattr(one, "execution_device", None) for one in getattr(hook, "hooks", (hook,))]
+    known = [place for place in places if place is not None]
+    return torch.device(known[0]) if weight.is_meta and known else weight.device
+
+
+def _fill(banks: Mapping[str, Bank], experts: list[Expert]) -> None:
+    """Copy the experts' factors into the banks, several experts at a time."""
+    waiting = list(enumerate(experts))
+    experts.clear()
+
+    def copy_one(_: int) -> None:
+        number, expert = waiting.pop()
+        for path, factors in expert.factors.items():
+            banks[path].put(number, factors)
+
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        list(pool.map(copy_one, range(len(waiting))))
 
 
 def _replace(model: nn.Module, layers: Mapping[int, MixingLayer]) -> list[tuple[nn.Module, str, nn.Module]]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from loraweave.errors import LoraweaveError
 from loraweave.experts.bank import Bank
 from loraweave.mixing import numerics
+from loraweave.mixing.rows import RowsTerm
 
 if TYPE_CHECKING:
     from loraweave.mixing.site import Site
@@ -40,6 +41,7 @@ class MixingLayer(nn.Module):
         site: the gate site this layer belongs to.
         fixed: the whole low-rank term if ``g`` is constant, ``None`` if it is gated.
         copies: one such term for each of several equal parts of the rows, where rows are run once per expert.
+        rows: the term where each row has its own weights; it goes before all others.
     """
 
     def __init__(self, base: nn.Module, bank: Bank, path: str) -> None:
@@ -50,6 +52,7 @@ class MixingLayer(nn.Module):
         self.site: Site | None = None
         self.fixed: FixedTerm | None = None
         self.copies: tuple[FixedTerm, ...] | None = None
+        self.rows: RowsTerm | None = None
         self._constant: Tensor | None = None
         self._of_copies: tuple[Tensor, ...] | None = None
         self.train(base.training)
@@ -62,6 +65,8 @@ class MixingLayer(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = self._modules["base"](x, *args, **kwargs)  # type: ignore[misc]
+        if self.rows is not None:
+            return self.rows.add(self, x, y)
         if self.copies is not None:
             return self._copied(x, y, self.copies)
         return self._gated(x, y) if self.fixed is None else self._add(x, y, self.fixed)
@@ -90,7 +95,7 @@ class MixingLayer(nn.Module):
         assert site is not None
         a: Tensor | None = None
         if site.leader is self and not site.driven and not site.plan.ahead:
-            a = self.shrink(x, bank.A)
+            a = self.shrink(x, bank.A) if site.reads_ranks else None
             site.decide(x, a, y)
         rows = site.few_rows(bank, x)
         if rows is not None:
@@ -120,6 +125,10 @@ class MixingLayer(nn.Module):
         self._constant, self._of_copies, self.fixed = None, tuple(weights), None
         self.copies = tuple(self._fixed_term(one) for one in weights)
 
+    def fix_rows(self, weights: Tensor | None) -> None:
+        """Give each row of the batch its own ``g``, ``[rows, E]``, whatever the policy says; ``None``: no more."""
+        self.rows = None if weights is None else RowsTerm(self.bank, weights, type(self) is MixingLayer)
+
     def _fixed_term(self, weights: Tensor) -> FixedTerm:
         bank: Bank = self.bank
         starts, ranks = bank.layout.offsets, bank.layout.ranks
@@ -141,6 +150,8 @@ class MixingLayer(nn.Module):
             self.fix_copies(self._of_copies)
         else:
             self.fix(self._constant)
+        if self.rows is not None:
+            self.fix_rows(self.rows.weights)
         return self
 
 

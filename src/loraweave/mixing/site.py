@@ -82,12 +82,13 @@ class Site:
         self._driving: Weights | None = None
         self.observers: list[Callable[[Site], None]] = []
         self._row_weights: dict[tuple[Layout, torch.device], Tensor] = {}
+        self._picked: dict[tuple[Layout, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         self._tokens = 1
         self._read: tuple[weakref.ref[Tensor], int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy starts afresh; the last pass's weights may hang on a graph, which cannot be copied."""
-        return self.__dict__ | {"current": None, "observers": [], "_row_weights": {}, "_read": None}
+        return self.__dict__ | {"current": None, "observers": [], "_row_weights": {}, "_picked": {}, "_read": None}
 
     def bind(self) -> None:
         """Take over the layers: from here on they ask this site for their weights."""
@@ -98,6 +99,11 @@ class Site:
             if self.plan.ahead:
                 self.stream.listeners.append(self.decide_ahead)
 
+    @property
+    def reads_ranks(self) -> bool:
+        """Whether the gate wants to see the experts' outputs."""
+        return getattr(self.gate, "reads_ranks", True)
+
     def release(self) -> None:
         """Let go of the layers."""
         self.leader._modules.pop("gate", None)
@@ -107,18 +113,21 @@ class Site:
             layer.site = None
             layer.fix(None)
 
-    def decide(self, x: Tensor, a: Tensor, y: Tensor) -> None:
-        """Let the gate read the leader's input ``x``, rank outputs ``a`` and (of an embedding) output ``y``."""
+    def decide(self, x: Tensor, a: Tensor | None, y: Tensor) -> None:
+        """Let the gate read the leader's input ``x``, its rank outputs ``a`` if it wants them, and of ``y`` the shape.
+
+        Of an embedding, ``y`` is the hidden state.
+        """
         assert self.gate is not None
         hidden = y if self.leader.bank.embedding else x
         grid = None
         if hidden.ndim == 4:
-            grid = (a.shape[2], a.shape[3])
-            hidden, a = hidden.flatten(2).mT, a.flatten(2).mT
+            grid = (y.shape[2], y.shape[3])
+            hidden, a = hidden.flatten(2).mT, None if a is None else a.flatten(2).mT
         pooled = hidden.ndim == 2
         if pooled:
             shape = self._rows_and_tokens(hidden.shape[0])
-            hidden, a = hidden.view(*shape, -1), a.view(*shape, -1)
+            hidden, a = hidden.view(*shape, -1), None if a is None else a.view(*shape, -1)
         self._tokens = hidden.shape[1]
         self.set(self.gate(Evidence(hidden, a, self.stream, grid=grid, pooled=pooled)))
 
@@ -127,6 +136,8 @@ class Site:
 
         A decoder that generates is called with the same states again and again; the weights then stay.
         """
+        if self.leader.rows is not None:
+            return  # nobody asks this gate while rows have weights of their own
         states = self.stream.states
         assert self.gate is not None
         if states is None:
@@ -138,7 +149,8 @@ class Site:
             return
         here = states.to(self.leader.bank.A.device)
         self._tokens = here.shape[1]
-        self.set(self.gate(Evidence(here, self.leader.shrink(here, self.leader.bank.A), self.stream)))
+        ranks = self.leader.shrink(here, self.leader.bank.A) if self.reads_ranks else None
+        self.set(self.gate(Evidence(here, ranks, self.stream)))
         lasting = not (torch.is_grad_enabled() or self.observers or torch.compiler.is_compiling())
         self._read = (weakref.ref(states), self._version()) if lasting else None
 
@@ -158,6 +170,7 @@ class Site:
         """Use these weights from here on in this pass, and tell the observers."""
         self.current = weights
         self._row_weights.clear()
+        self._picked.clear()
         if weights.index is None or torch.is_grad_enabled():
             # Now, rather than in the first module that asks: a checkpointed block must do the same when run again.
             for layer in self.layers:
@@ -172,6 +185,7 @@ class Site:
         """
         self.driven, self._driving = weights is not None, weights
         self._row_weights.clear()
+        self._picked.clear()
 
     def row_weights(self, bank: Bank, a: Tensor) -> Tensor:
         """Weights of the bank's rank rows, shaped to multiply ``a`` ``[..., R]``."""
@@ -199,18 +213,28 @@ class Site:
 
     def few_rows(self, bank: Bank, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """``A, w, Bt`` of only the experts each batch row uses, where fetching them is cheaper than computing all."""
-        weights = self._weights()
-        index, values = weights.index, weights.values
-        if index is None or values is None or bank.embedding or x.ndim != 3 or index.shape[1] != 1:
+        index = self._weights().index
+        if index is None or bank.embedding or x.ndim != 3 or index.shape[1] != 1:
             return None
-        rows, scales = bank.layout.padded_rows(bank.A)
-        used = index.shape[-1] * rows.shape[1]
-        if x.shape[1] * (bank.layout.rows - used) < 4 * used or torch.is_autocast_enabled(x.device.type):
+        most = index.shape[-1] * max(bank.layout.ranks)
+        if x.shape[1] * (bank.layout.rows - most) < 4 * most or torch.is_autocast_enabled(x.device.type):
             return None
-        index, values = index.to(rows.device), values.to(rows.device)
-        picked = rows[index[:, 0]].flatten(1)
-        w = (scales[index[:, 0]] * values[:, 0].unsqueeze(-1).to(bank.A.dtype)).flatten(1).unsqueeze(1)
+        picked, w = self._picked_rows(bank)
         return bank.A[picked], w, bank.Bt[picked]
+
+    def _picked_rows(self, bank: Bank) -> tuple[Tensor, Tensor]:
+        """Which rank rows each batch row uses, ``[rows, S]``, and their weights, ``[rows, 1, S]``."""
+        key = bank.layout, bank.A.device, bank.A.dtype
+        found = self._picked.get(key)
+        if found is None:
+            weights = self._weights()
+            assert weights.index is not None
+            assert weights.values is not None
+            rows, scales = bank.layout.padded_rows(bank.A)
+            index, values = weights.index[:, 0].to(rows.device), weights.values[:, 0].to(rows.device)
+            w = (scales[index] * values.unsqueeze(-1).to(bank.A.dtype)).flatten(1).unsqueeze(1)
+            found = self._picked[key] = rows[index].flatten(1), w
+        return found
 
     def _weights(self) -> Weights:
         if self._driving is not None:
@@ -226,3 +250,4 @@ class Site:
         """Forget the last pass."""
         self.current = self._read = None
         self._row_weights.clear()
+        self._picked.clear()

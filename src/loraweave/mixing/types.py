@@ -37,7 +37,8 @@ class Evidence:
 
     Attributes:
         hidden: ``[rows, tokens, in]``, the input of the site's leading module (an embedding's output).
-        ranks: ``[rows, tokens, R]``, ``A x`` of the leading module: the experts' outputs in rank space, unscaled.
+        ranks: ``[rows, tokens, R]``, ``A x`` of the leading module: the experts' outputs in rank space, unscaled;
+            ``None`` for a gate that does not read them.
         outputs: ``[rows, tokens, E, d]``, the experts' outputs themselves, where a block was run once per expert.
         stream: the tokens' attention mask, prompt and cache.
         grid: height and width of the leader's output, where it is a convolution; its tokens are the picture's cells.
@@ -90,7 +91,8 @@ class Gate(Protocol):
     """Weights decided at one site: an ``nn.Module`` that also answers these.
 
     A gate whose weights depend on no input also has ``constant() -> Tensor`` (``[E]``), so that they can be folded. It
-    may have a ``suggested_learning_rate``, which ``train`` uses where it is given none.
+    may have a ``suggested_learning_rate``, which ``train`` uses where it is given none, and ``reads_ranks = False`` if
+    it never looks at :attr:`Evidence.ranks`, which then need not be computed to decide.
     """
 
     normalized: bool

@@ -41,3 +41,22 @@ def weight_vector(method: str, weights: Mapping[str, float], experts: Sequence[s
     for name, value in weights.items():
         finite(method, f"weight of {name!r}", value)
     return torch.tensor([float(weights.get(name, default)) for name in experts], dtype=torch.float64)
+
+
+def row_vectors(rows: Sequence[Mapping[str, float] | None], experts: Sequence[str]) -> Tensor:
+    """``[rows, E]``: weights of each row of a batch; experts that a row does not name have none in it.
+
+    Raises:
+        LoraweaveError: no rows, something that is no mapping, an unknown expert, or a weight that is no finite number.
+    """
+    if isinstance(rows, str | Mapping) or not isinstance(rows, Sequence) or not rows:
+        raise LoraweaveError(
+            "rows: expected a list with one entry per row of the batch, {expert: weight} or None for the bare model, "
+            f"got {rows!r}"
+        )
+    vectors = []
+    for number, row in enumerate(rows):
+        if row is not None and not isinstance(row, Mapping):
+            raise LoraweaveError(f"rows: expected {{expert: weight}} or None in row {number}, got {row!r}")
+        vectors.append(weight_vector(f"rows, row {number}", row or {}, experts, 0.0))
+    return torch.stack(vectors)

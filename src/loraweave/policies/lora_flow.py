@@ -52,6 +52,7 @@ class FlowGate(nn.Module):
     """The fusion gate of one site. Parameters: ``W`` ``[E, d]`` and ``b`` ``[E]``, zero at the start."""
 
     normalized = False
+    reads_ranks = False
 
     def __init__(self, site: SitePlan) -> None:
         super().__init__()

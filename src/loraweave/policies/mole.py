@@ -35,7 +35,10 @@ class MoLE:
             encoder decides once a row, from the encoder's tokens: they are its prompt, and its own first token says
             nothing of the task. That needs an expert in the cross-attention's keys or values; else it is ``token``.
         normalization: of the concatenated evidence (Eq. 9 leaves it open).
-        gate: ``full`` has the paper's ``[N d, N]`` parameters; ``compact`` expresses the same functions in the
+        standardize: whether training first measures, in a few batches, the mean and spread of what each gate reads, and
+            the gate then reads standard scores (``mole_standard.py``). Not with ``full`` gates on outputs, ``flatten``
+            and ``mix="outputs"``, which stay as published.
+        gate_form: ``full`` has the paper's ``[N d, N]`` parameters; ``compact`` expresses the same functions in the
             experts' rank space, ``[R, N]``.
         activation: ``softmax`` (Eq. 11); ``top1``, one expert at weight 1, trained straight-through; ``topk``, softmax
             over the ``k`` best; ``sigmoid``, independent gates that start at 0.98.
@@ -54,6 +57,7 @@ class MoLE:
     evidence: Literal["outputs", "hidden"] = "hidden"
     pooling: Literal["auto", "mean", "prompt", "token", "flatten"] = "auto"
     normalization: Normalization = "rms"
+    standardize: bool = True
     gate_form: Literal["compact", "full"] = "compact"
     activation: Activation = "softmax"
     k: int = 2

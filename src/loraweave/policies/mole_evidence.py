@@ -42,7 +42,7 @@ class WideReader(nn.Module):
         return (evidence.hidden if evidence.outputs is None else evidence.outputs.flatten(2)).float()
 
     def measure(self, v: Tensor, total: bool) -> Measured:
-        return Measured(v, v.square().sum(-1), v.sum(-1) if total else None)
+        return Measured(v, squared_length(v), v.sum(-1) if total else None)
 
     def matrix(self, e: Tensor) -> Tensor:
         """The gate's parameters ``[L?, *shape, N]`` as the matrix ``[L?, C, N]`` on the coordinates."""
@@ -89,7 +89,7 @@ class RankReader(nn.Module):
 
     def measure(self, a: Tensor, total: bool) -> Measured:
         c = a @ self.root
-        return Measured(a if self.full else c, c.square().sum(-1), a @ self.ones if total else None)
+        return Measured(a if self.full else c, squared_length(c), a @ self.ones if total else None)
 
     def matrix(self, e: Tensor) -> Tensor:
         """The gate's parameters as the matrix ``[L?, R, N]`` on the coordinates: full ones are projected by ``B``."""
@@ -105,6 +105,12 @@ class RankReader(nn.Module):
         """The compact parameters ``[L?, R, N]`` of the function that the full parameters ``e`` describe."""
         inverse: Tensor = torch.linalg.pinv(self.root.double()).to(e.dtype)
         return inverse @ self.matrix(e)
+
+
+def squared_length(v: Tensor) -> Tensor:
+    """``||v||^2`` over the last axis, without a full-size intermediate."""
+    length: Tensor = torch.linalg.vector_norm(v, dim=-1)
+    return length.square()
 
 
 def symmetric_root(B: Tensor) -> Tensor:

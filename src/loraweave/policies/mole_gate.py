@@ -4,18 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from loraweave.errors import LoraweaveError
 from loraweave.mixing import numerics
 from loraweave.mixing.types import Evidence, Pooling, SitePlan, Weights
 from loraweave.policies.mole_evidence import RankReader, WideReader
+from loraweave.policies.mole_standard import Standard
 
 if TYPE_CHECKING:
     from loraweave.policies.mole import MoLE
+
+
+class Projection(NamedTuple):
+    """A gate's parameters, made ready for the evidence's coordinates.
+
+    Attributes:
+        matrix: ``[N, C]``; of a flatten gate ``[L, N, C]``.
+        columns: ``[N]``, see :func:`numerics.normalized_logits`.
+        offset: ``[N]``, what standard scores subtract.
+    """
+
+    matrix: Tensor
+    columns: Tensor | None
+    offset: Tensor | None
+
 
 SIGMOID_START = math.log(0.98 / 0.02)
 
@@ -27,6 +44,7 @@ class MoLEGate(nn.Module):
 
     - ``e``: ``[L, N, d, N]`` (full), ``[L, R, N]`` (compact) or ``[L, in, N]`` (hidden evidence), zero at the start;
     - ``columns``: ``[N]``, the column sums of ``e`` where it cannot tell them (compact, layer normalisation);
+    - ``standard.center``, ``standard.spread``: frozen, see :class:`Standard`;
     - ``bias``: ``[N]``, of sigmoid gates;
     - ``log_temperature`` and ``scale``: scalars, learned if the policy says so.
     """
@@ -44,6 +62,7 @@ class MoLEGate(nn.Module):
         self.e = nn.Parameter(torch.zeros(*length, *self.reader.shape, N, **like))
         told = isinstance(self.reader, WideReader) or self.reader.full or policy.normalization != "layer"
         self.columns = None if told else nn.Parameter(torch.zeros(N, **like))
+        self.standard = Standard(self.e[..., 0].numel(), **like) if standardizes(policy) else None
         sigmoid = policy.activation == "sigmoid"
         self.bias = nn.Parameter(torch.full((N,), SIGMOID_START, **like)) if sigmoid else None
         start = torch.tensor(math.log(policy.temperature), **like)
@@ -53,6 +72,7 @@ class MoLEGate(nn.Module):
         self.scale = nn.Parameter(total, requires_grad=policy.learn_scale)
         self.closed: Tensor | None = None
         self.kept = N
+        self._packed: tuple[int, Projection] | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoLEGate:
         """Gates move with the model but stay in single precision when it is cast (``model.half()``)."""
@@ -63,7 +83,17 @@ class MoLEGate(nn.Module):
 
         super()._apply(moved, recurse)
         self.closed = None if self.closed is None else moved(self.closed)
+        self._packed = None
         return self
+
+    def train(self, mode: bool = True) -> MoLEGate:
+        """Also forgets what was computed from the parameters, however these were changed."""
+        self._packed = None
+        return super().train(mode)
+
+    @property
+    def reads_ranks(self) -> bool:
+        return isinstance(self.reader, RankReader)
 
     def keep(self, kept: Tensor | None) -> None:
         """Mask experts: ``kept`` is ``[E]`` bool; ``None`` lifts the mask."""
@@ -78,7 +108,8 @@ class MoLEGate(nn.Module):
         the evidence's absolute values, about ``0.8 |v| sqrt(C)``.
         """
         coordinates = self.e[..., 0].numel()
-        length = 1.0 if self.policy.normalization == "l2" else math.sqrt(self.reader.size)
+        size = coordinates if self.standard is not None else self.reader.size
+        length = 1.0 if self.policy.normalization == "l2" and self.standard is None else math.sqrt(size)
         return 2.0 / (length * math.sqrt(coordinates))
 
     def forward(self, evidence: Evidence) -> Weights:
@@ -112,18 +143,48 @@ class MoLEGate(nn.Module):
         v = self.pool(self.reader.raw(evidence), evidence)
         normalization = self.policy.normalization
         coordinates, square, total = self.reader.measure(v, total=normalization == "layer")
-        e = self.e[: v.shape[1]] if self.pooling == "flatten" else self.e
-        matrix, columns, size = self.reader.matrix(e), self.reader.columns(self.e), self.reader.size
-        if columns is None:
-            columns = self.columns
+        if self.standard is not None and self.standard.measuring:
+            self._measure(coordinates, square, total, evidence)
+        matrix, columns, offset = self._projection(v.shape[1])
+        size = self.reader.size
         if self.pooling == "flatten":
-            projected = torch.einsum("blc,lcn->bn", coordinates, matrix).unsqueeze(1)
+            projected = torch.einsum("blc,lnc->bn", coordinates, matrix).unsqueeze(1)
             square = square.sum(1, keepdim=True)
             total = None if total is None else total.sum(1, keepdim=True)
             size = size * self.e.shape[0]
         else:
-            projected = coordinates @ matrix
-        return numerics.normalized_logits(projected, square, size, normalization, total, columns)
+            # Some BLAS are twice as slow on a matrix with so few columns as on its transpose.
+            projected = F.linear(coordinates, matrix)
+        logits = numerics.normalized_logits(projected, square, size, normalization, total, columns)
+        return logits if offset is None else logits - offset
+
+    def _projection(self, tokens: int) -> Projection:
+        """What the parameters amount to; kept as long as they stay, where no gradient has to reach them."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.pooling == "flatten":
+            self._packed = None
+            return self._pack(tokens)
+        version = sum(p._version for p in self.parameters())
+        if self._packed is None or self._packed[0] != version:
+            self._packed = version, self._pack(tokens)
+        return self._packed[1]
+
+    def _pack(self, tokens: int) -> Projection:
+        e: Tensor = self.e
+        if self.standard is not None:
+            e = e / self.standard.spread.unsqueeze(-1)
+        columns = self.reader.columns(e)
+        matrix = self.reader.matrix(e[:tokens] if self.pooling == "flatten" else e)
+        offset = None if self.standard is None else self.standard.center @ matrix
+        return Projection(matrix.mT.contiguous(), self.columns if columns is None else columns, offset)
+
+    def _measure(self, coordinates: Tensor, square: Tensor, total: Tensor | None, evidence: Evidence) -> None:
+        assert self.standard is not None
+        # The identity in place of the gate's matrix gives the normalised coordinates themselves.
+        ones = torch.ones if isinstance(self.reader, WideReader) else torch.zeros
+        columns = ones(coordinates.shape[-1], device=coordinates.device)
+        args = coordinates, square, self.reader.size, self.policy.normalization, total, columns
+        mask = evidence.stream.token_mask(coordinates.shape[1]) if self.pooling == "token" else None
+        self.standard.note(numerics.normalized_logits(*args), mask)
 
     def pool(self, v: Tensor, evidence: Evidence) -> Tensor:
         """``[B, T, C]`` -> ``[B, T or 1, C]``."""
@@ -168,6 +229,12 @@ class MoLEGate(nn.Module):
         if torch.is_grad_enabled() and p.requires_grad:
             return Weights(hard + p - p.detach())
         return Weights(hard, index, torch.ones_like(index, dtype=p.dtype))
+
+
+def standardizes(policy: MoLE) -> bool:
+    """Whether gates of this policy read standard scores: the paper's forms (flatten, full) do not."""
+    wide = policy.evidence == "hidden" or policy.gate_form == "compact"
+    return policy.standardize and policy.pooling != "flatten" and policy.mix == "deltas" and wide
 
 
 def resolve_pooling(policy: MoLE, site: SitePlan) -> Pooling:

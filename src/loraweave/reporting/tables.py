@@ -50,6 +50,64 @@ def results_table(
     return table if needed <= (width or console.width) else _by_tasks(rows, columns, title)
 
 
+def summary_table(results: Mapping[str, Any], *, title: str | None = None) -> Table:
+    """A table to print: methods as rows; mean score and retention, the difference to the best rival, and costs.
+
+    Best first. ``score`` is the mean over tasks. The difference is in retention, with its 95 % interval; ``*`` where
+    that leaves out 0. Times are means over seeds: of training, and of answering one item; ``evals`` are optimizer
+    steps, or weightings that a search tried; memory is the process's with the model, on the GPU where one was used.
+
+    Args:
+        results: ``results.json``, with ``differences`` and ``costs``.
+        title: stands above the table.
+
+    Raises:
+        LoraweaveError: ``results`` is from an earlier version and lacks them.
+    """
+    table = _empty("method", SUMMARY, title)
+    # Narrow gaps, so that intervals have room in 80 columns.
+    table.padding = (0, 0, 0, 0)
+    table.columns[3].min_width = 15
+    for row in summary_rows(results):
+        # Only the interval may be broken, behind the difference.
+        table.add_row(*(Text(cell, no_wrap=n != 3) for n, cell in enumerate(row)))
+    return table
+
+
+SUMMARY = ("score", "retention", "to best rival", "train s", "evals", "ms/item", "GB")
+
+
+def summary_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """The cells of :func:`summary_table`: each method's name, then as :data:`SUMMARY`; best retention first."""
+    for key in ("scores", "retention", "differences", "costs"):
+        if key not in results:
+            raise LoraweaveError(f"results: expected {key!r}; was this comparison made by an earlier version?")
+    competing = [method for method in results["scores"] if not method.startswith(SINGLE)]
+    ranked = sorted(competing, key=lambda method: -results["retention"][method]["mean"])
+    return [[method, *_summary(results, method)] for method in ranked]
+
+
+def _summary(results: Mapping[str, Any], method: str) -> list[str]:
+    scores, kept, cost = results["scores"][method], results["retention"][method], results["costs"][method]
+    memory = cost["peak_memory_gb"] if cost["peak_gpu_memory_gb"] is None else cost["peak_gpu_memory_gb"]
+    return [
+        f"{sum(spread['mean'] for spread in scores.values()) / len(scores):.1f}",
+        f"{kept['mean']:.3f}" + (f" ± {kept['std']:.3f}" if len(kept["per_seed"]) > 1 else ""),
+        _difference(results["differences"].get(method)),
+        f"{cost['train_seconds']:.1f}" if cost["evaluations"] else "-",
+        f"{cost['evaluations']:.0f}" if cost["evaluations"] else "-",
+        f"{1000 * cost['seconds_per_item']:.0f}",
+        "-" if memory is None else f"{memory:.2f}",
+    ]
+
+
+def _difference(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    clear = BEST if found["low"] > 0 or found["high"] < 0 else ""
+    return f"{found['difference']:+.2f} [{found['low']:+.2f},{found['high']:+.2f}]{clear}"
+
+
 def to_markdown(results: Mapping[str, Any], *, deviations: bool = True) -> str:
     """The same as a Markdown table, methods as rows, the best of each column in bold.
 

@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from loraweave.evaluation.data import Example
 from loraweave.mixture import Mixture
 from loraweave.policies.lorahub import LoRAHub
 from loraweave.training.search import search
-from loraweave.training.train import train
+from loraweave.training.train import BATCH_SIZE, train
 
 # What a search takes of the training options; the others are about gradients.
 _SEARCHED = ("seed", "batch_size", "max_input_length", "max_target_length")
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What learning did.
+
+    Attributes:
+        summary: one line about it.
+        evaluations: optimizer steps, or weightings tried.
+        examples_seen: examples that passed through the model, repetitions included.
+        history: the log of training by step; a search leaves none.
+    """
+
+    summary: str
+    evaluations: int
+    examples_seen: int
+    history: Sequence[Mapping[str, float]] = field(default=(), repr=False)
 
 
 def learns(mixture: Mixture) -> bool:
@@ -20,7 +38,7 @@ def learns(mixture: Mixture) -> bool:
     return isinstance(mixture.policy, LoRAHub) or any(True for _ in mixture.gate_parameters())
 
 
-def learn(mixture: Mixture, data: Sequence[Example], *, tokenizer: Any, **options: Any) -> str:
+def learn(mixture: Mixture, data: Sequence[Example], *, tokenizer: Any, **options: Any) -> Learned:
     """Train gates (:func:`loraweave.train`), or search weights (:func:`loraweave.search`) as a LoRAHub policy says.
 
     Args:
@@ -28,9 +46,6 @@ def learn(mixture: Mixture, data: Sequence[Example], *, tokenizer: Any, **option
         data: examples.
         tokenizer: of the model.
         **options: those of :func:`loraweave.train`; a search takes the seed, the batch size and the lengths.
-
-    Returns:
-        A line that says what was done.
     """
     policy = mixture.policy
     if isinstance(policy, LoRAHub):
@@ -48,6 +63,9 @@ def learn(mixture: Mixture, data: Sequence[Example], *, tokenizer: Any, **option
             tokenizer=tokenizer,
             **given,
         )
-        return f"{policy.evaluations} evaluations on {used} examples in {found.seconds:.0f} s, loss {found.loss:.3f}"
+        said = f"{policy.evaluations} evaluations on {used} examples in {found.seconds:.0f} s, loss {found.loss:.3f}"
+        return Learned(said, policy.evaluations, policy.evaluations * used)
     result = train(mixture, data, tokenizer=tokenizer, **options)
-    return f"{result.steps} steps on {len(data)} examples in {result.seconds:.0f} s, mean loss {result.loss:.3f}"
+    said = f"{result.steps} steps on {len(data)} examples in {result.seconds:.0f} s, mean loss {result.loss:.3f}"
+    rows = int(options.get("batch_size", BATCH_SIZE)) * int(options.get("gradient_accumulation_steps", 1))
+    return Learned(said, result.steps, result.steps * rows, result.history)

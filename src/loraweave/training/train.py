@@ -33,6 +33,7 @@ class TrainingResult:
 
 # For gates that suggest none.
 LEARNING_RATE = 1e-2
+BATCH_SIZE = 24
 # The settings of the MoLE paper (section 4.2), beside ``MoLE.paper()``.
 PAPER = {"learning_rate": 1e-5, "steps": 800, "batch_size": 12, "balance": 0.5}
 
@@ -43,7 +44,7 @@ def train(
     *,
     steps: int = 100,
     learning_rate: float | None = None,
-    batch_size: int = 24,
+    batch_size: int = BATCH_SIZE,
     balance: float | None = None,
     seed: int = 0,
     tokenizer: Any = None,

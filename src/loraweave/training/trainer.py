@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,11 @@ from transformers import Trainer, TrainingArguments
 from loraweave import persistence
 from loraweave.errors import LoraweaveError
 from loraweave.mixture import Mixture
+from loraweave.policies.mole_standard import Standard
 from loraweave.training import objective
+
+MEASURED_BATCHES = 8
+"""How many batches tell gates the mean and spread of what they read."""
 
 
 class GateTrainer(Trainer):
@@ -80,6 +85,31 @@ class GateTrainer(Trainer):
         loss = task + self.balance * balance / steps
         return (loss, outputs) if return_outputs else loss
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any) -> Any:
+        """As in :class:`transformers.Trainer`; gates that read standard scores first measure what they read."""
+        if not resume_from_checkpoint:
+            self._measure_evidence()
+        return super().train(resume_from_checkpoint, *args, **options)
+
+    @torch.no_grad()
+    def _measure_evidence(self) -> None:
+        standards = [module for gate in self.mixture.gates.values() for module in _standards(gate)]
+        if not standards:
+            return
+        for standard in standards:
+            standard.start()
+        was_training = self.model.training
+        self.model.eval()
+        # The order of the data in training proper shall not hang on this.
+        with torch.random.fork_rng(devices=[]):
+            for batch in islice(self.get_train_dataloader(), MEASURED_BATCHES):
+                inputs = self._prepare_inputs(batch)
+                with self.compute_loss_context_manager(), self._prompt(inputs):
+                    self.model(**inputs)
+        self.model.train(was_training)
+        for standard in standards:
+            standard.finish(self.accelerator.reduce(standard.sums(), "sum"))
+
     def _prompt(self, inputs: Mapping[str, Any]) -> AbstractContextManager[Any]:
         """Where the trainer takes the labels away (label smoothing), gates must be told what the prompt is."""
         labels = inputs.get("labels")
@@ -105,6 +135,12 @@ class GateTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         persistence.load_gates(self.mixture, str(self.state.best_model_checkpoint))
+
+
+def _standards(gate: nn.Module) -> list[Standard]:
+    """What of a gate is still to be measured."""
+    standard = getattr(gate, "standard", None)
+    return [standard] if isinstance(standard, Standard) and not standard.measured else []
 
 
 @contextmanager

@@ -42,8 +42,15 @@ def fold(layers: Mapping[str, MixingLayer], weights: Mapping[str, Tensor]) -> Fo
     """
     for path, layer in layers.items():
         weight = getattr(layer.base, "weight", None)
-        if not isinstance(weight, nn.Parameter) or weight.dtype not in FLOATS or weight.ndim not in (2, 4):
-            raise LoraweaveError(f"cannot fold into {path!r}: its weight is not a plain float matrix (quantised?)")
+        if (
+            not isinstance(weight, nn.Parameter)
+            or weight.dtype not in FLOATS
+            or weight.ndim not in (2, 4)
+            or weight.is_meta
+        ):
+            raise LoraweaveError(
+                f"cannot fold into {path!r}: its weight is not a plain float matrix (quantised or offloaded?)"
+            )
     originals: dict[str, nn.Parameter] = {path: layer.base.weight for path, layer in layers.items()}  # type: ignore[misc]
     folded = Folded(layers, originals)
     for path, layer in layers.items():

@@ -1,0 +1,235 @@
+"""The painting part of ``loraweave testbed``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from loraweave.errors import LoraweaveError, unknown
+from loraweave.evaluation.testbed import chosen_sets, testbed_of
+from loraweave.experts.resolve import resolve_experts
+from loraweave.experts.types import Expert
+from loraweave.files import atomic_path, write_json_atomic, write_text_atomic
+from loraweave.integrations.host import open_host
+from loraweave.mixture import Mixture, attach
+from loraweave.policies import Sum, registry
+from loraweave.recipe import Recipe
+from loraweave.recipe_testbed import CompositionSet, Testbed
+from loraweave.training.learn import learns
+
+SETTINGS, PICTURES, SCORES = "testbed.json", "pictures.jsonl", "alignment.json"
+
+
+def paint(
+    recipe: Recipe,
+    out: str | Path,
+    ids: Sequence[str] = (),
+    limit: int | None = None,
+    *,
+    clip: str | None = None,
+    dino: str | None = None,
+) -> None:
+    """Paint every chosen set by every method, with every prompt and seed; what is there stays.
+
+    With ``clip`` (folder or hub id, with ``dino`` beside it) the pictures are scored too, and the table is printed.
+
+    Raises:
+        LoraweaveError: no test bed, something cannot be read, or ``out`` has pictures with other settings.
+    """
+    testbed, out = testbed_of(recipe), Path(out)
+    chosen = chosen_sets(testbed, ids, limit)
+    policies = {label: c.method.policy() for label, c in recipe.compare.items()}
+    policies = policies or {recipe.method.name: recipe.method.policy()}
+    _same_settings(out / SETTINGS, recipe, testbed, policies)
+    jobs = {one: _jobs(testbed, one, policies, out) for one in chosen}
+    todo = {one: [job for job in of_set if not job.path.exists()] for one, of_set in jobs.items()}
+    total, left = sum(map(len, jobs.values())), sum(map(len, todo.values()))
+    print(f"{len(chosen)} sets by {', '.join(policies)}: {total} pictures, {total - left} of them there already")
+    if left:
+        _paint(recipe, testbed, todo, policies, left)
+    rows = [row for one in chosen for row in _rows(testbed, one, jobs[one], out)]
+    write_text_atomic(out / PICTURES, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    print(f"{out / PICTURES}: {len(rows)} rows; try: loraweave judge {out / PICTURES} -o {out / 'judged'} --dry-run")
+    if clip is not None:
+        _score(recipe, testbed, out, clip, dino)
+
+
+def _score(recipe: Recipe, testbed: Testbed, out: Path, clip: str, dino: str | None) -> None:
+    from loraweave.evaluation.alignment import alignment
+    from loraweave.evaluation.image_metrics import Clip, Dino
+    from loraweave.reporting.published import published_table
+
+    found = alignment(out / PICTURES, testbed, Clip(clip), None if dino is None else Dino(dino))
+    results = {**found, "clip": clip, "dino": dino, "recipe": recipe.to_dict()}
+    write_json_atomic(out / SCORES, results)
+    console = Console()
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("")
+    for method in found["scores"]:
+        table.add_column(method, justify="right")
+    rows = {name: [of[name] for of in found["scores"].values()] for name in next(iter(found["scores"].values()))}
+    if found["distinctness"]:
+        rows["distinctness"] = [of["mean"] for of in found["distinctness"].values()]
+    for name, values in rows.items():
+        table.add_row(name, *(f"{value:.3f}" for value in values))
+    console.print(table)
+    if (beside := published_table(results)) is not None:
+        console.print(beside)
+    print(f"{out / SCORES}: every number")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """One picture."""
+
+    row: str
+    method: str
+    prompt: str
+    seed: int
+    path: Path
+
+
+def _jobs(testbed: Testbed, one: CompositionSet, methods: Mapping[str, Any], out: Path) -> list[_Job]:
+    prompts = testbed.prompts_of(one)
+    jobs = []
+    for method in methods:
+        folder = out / re.sub(r"[^A-Za-z0-9_.-]+", "-", method)
+        for number, prompt in enumerate(prompts):
+            for seed in testbed.seeds:
+                extra = f"--{number}" if len(prompts) > 1 else ""
+                row = f"{one.id}{extra}" + (f"--{seed}" if len(testbed.seeds) > 1 else "")
+                jobs.append(_Job(row, method, prompt, seed, folder / f"{row.replace(' ', '_')}.png"))
+    return jobs
+
+
+def _rows(testbed: Testbed, one: CompositionSet, jobs: Sequence[_Job], out: Path) -> list[dict[str, Any]]:
+    """Rows of ``pictures.jsonl``: every method's picture of one prompt and seed."""
+    rows: dict[str, dict[str, Any]] = {}
+    for job in jobs:
+        new = {
+            "id": job.row,
+            "set": one.id,
+            "elements": testbed.described(one),
+            "prompt": job.prompt,
+            "seed": job.seed,
+            "pictures": {},
+        }
+        rows.setdefault(job.row, new)["pictures"][job.method] = str(job.path.relative_to(out))
+    return list(rows.values())
+
+
+def _paint(
+    recipe: Recipe,
+    testbed: Testbed,
+    todo: Mapping[CompositionSet, Sequence[_Job]],
+    policies: Mapping[str, Any],
+    total: int,
+) -> None:
+    pipe = _pipeline(recipe, testbed)
+    needed = dict.fromkeys(name for one, jobs in todo.items() if jobs for name in one.experts)
+    sources = {name: source for name, source in recipe.sources().items() if name in needed}
+    experts = {e.name: _scaled(e, testbed.strength) for e in resolve_experts(sources, open_host(pipe, None).read)}
+    with tqdm(total=total, desc="painting", unit="picture", disable=not sys.stderr.isatty()) as bar:
+        for one, jobs in todo.items():
+            if not jobs:
+                continue
+            mixture = attach(pipe, {name: experts[name] for name in one.experts}, Sum())
+            try:
+                _refuse_untrained(mixture, policies)
+                for job in jobs:
+                    mixture.policy = policies[job.method]
+                    picture = _picture(pipe, testbed, job)
+                    with atomic_path(job.path) as path:
+                        picture.save(path, format="PNG")
+                    bar.update()
+            finally:
+                mixture.detach()
+
+
+def _pipeline(recipe: Recipe, testbed: Testbed) -> Any:
+    import diffusers
+
+    from loraweave.integrations.diffusers import load_pipeline
+
+    pipe: Any = load_pipeline(recipe.base, "DiffusionPipeline")
+    if testbed.scheduler is not None:
+        kind: Any = getattr(diffusers, testbed.scheduler, None)
+        if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+            known = [name for name in dir(diffusers) if name.endswith("Scheduler")]
+            raise unknown("scheduler", testbed.scheduler, known)
+        scheduler: Any = kind
+        pipe.scheduler = scheduler.from_config({**pipe.scheduler.config, **testbed.scheduler_options})
+    if testbed.vae is not None:
+        try:
+            pipe.vae = diffusers.AutoencoderKL.from_pretrained(testbed.vae)
+        except (OSError, ValueError) as error:
+            raise LoraweaveError(
+                f"testbed.vae: {testbed.vae!r} cannot be read: {str(error).splitlines()[0]}"
+            ) from error
+    if torch.cuda.is_available():
+        pipe.to("cuda", torch.float16)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _scaled(expert: Expert, strength: float) -> Expert:
+    factors = {path: dataclasses.replace(f, scale=f.scale * strength) for path, f in expert.factors.items()}
+    return dataclasses.replace(expert, factors=factors)
+
+
+def _refuse_untrained(mixture: Mixture, policies: Mapping[str, Any]) -> None:
+    for label, policy in policies.items():
+        mixture.policy = policy
+        if learns(mixture):
+            raise LoraweaveError(
+                f"compare.{label}: {policy.name} learns, and nothing here trains it for pictures; leave it out, "
+                "e.g. compare=[switch,composite]"
+            )
+
+
+def _picture(pipe: Any, testbed: Testbed, job: _Job) -> Any:
+    call: dict[str, Any] = {"prompt": job.prompt, "num_inference_steps": testbed.steps}
+    if testbed.negative is not None:
+        call["negative_prompt"] = testbed.negative
+    if testbed.guidance is not None:
+        call["guidance_scale"] = testbed.guidance
+    if testbed.size is not None:
+        call["width"], call["height"] = testbed.size
+    return pipe(**call, generator=torch.Generator().manual_seed(job.seed)).images[0]
+
+
+def _same_settings(path: Path, recipe: Recipe, testbed: Testbed, policies: Mapping[str, Any]) -> None:
+    """Note how the pictures are painted; pictures with other settings must not be mixed with them.
+
+    Other methods, and sets that more pictures are made of, are no other settings.
+    """
+    described = testbed.model_dump(mode="json", exclude={"sizes", "always", "seeds"})
+    settings = {
+        "base": recipe.base,
+        "experts": dict(recipe.experts),
+        "testbed": described,
+        "methods": {label: registry.to_dict(policy) for label, policy in policies.items()},
+    }
+    settings = json.loads(json.dumps(settings))
+    if path.exists():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            methods = dict(before.pop("methods"))
+        except (OSError, ValueError, AttributeError, KeyError) as error:
+            raise LoraweaveError(f"cannot read {str(path)!r} ({error}); choose another folder") from error
+        now = settings.pop("methods")
+        if before != settings or any(methods.get(label, method) != method for label, method in now.items()):
+            raise LoraweaveError(f"{path.parent}: its pictures were painted with other settings; choose another folder")
+        settings["methods"] = methods | now
+    write_json_atomic(path, settings)

@@ -1,0 +1,74 @@
+"""One batch, many mixtures: every row has fixed weights of its own, as in servers of many LoRAs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from loraweave.errors import LoraweaveError
+from loraweave.mixing import numerics
+
+if TYPE_CHECKING:
+    from loraweave.experts.bank import Bank
+    from loraweave.mixing.layer import MixingLayer
+
+
+class RowsTerm:
+    """The low-rank term of one layer where each row of the batch has its own ``g``.
+
+    Only the rank rows that some row needs are computed. Where rows need different ones, each gets its own copy of those
+    it needs, so that a row costs what it would cost alone.
+
+    Args:
+        bank: the layer's experts.
+        weights: ``[rows, E]``. A batch of ``n`` times as many rows gives each mixture ``n`` rows that follow each
+            other, as ``generate`` repeats rows for beams and for several answers.
+        matrix: whether the layer is a matrix product, rather than a look-up or a convolution.
+    """
+
+    def __init__(self, bank: Bank, weights: Tensor, matrix: bool) -> None:
+        self.weights = weights
+        self.matrix = matrix
+        w = torch.stack([bank.layout.row_weights(row) for row in weights])  # [rows, R]
+        each = [row.nonzero().flatten() for row in w]
+        shared = w.any(0).nonzero().flatten()
+        most = max(len(needed) for needed in each)
+        self.idle = most == 0
+        self.own = matrix and most < len(shared)
+        with torch.inference_mode(False):
+            if self.own:
+                picked = torch.stack([torch.cat([n, n.new_zeros(most - len(n))]) for n in each])
+                spare = torch.arange(most) >= torch.tensor([[len(needed)] for needed in each])
+                self.w = w.gather(1, picked).masked_fill(spare, 0.0).unsqueeze(1).to(bank.A)
+            else:
+                picked = shared
+                self.w = w[:, shared].to(bank.A)
+            picked = picked.to(bank.A.device)
+            self.A, self.Bt = bank.A[picked], bank.Bt[picked]
+
+    def add(self, layer: MixingLayer, x: Tensor, y: Tensor) -> Tensor:
+        """``y`` plus the low-rank term of the layer's input ``x``.
+
+        Raises:
+            LoraweaveError: the batch has not a multiple of as many rows as there are mixtures.
+        """
+        rows = len(self.weights)
+        if x.shape[0] % rows:
+            raise LoraweaveError(
+                f"{layer.path}: rows(...) was given {rows} mixtures, but a batch of {x.shape[0]} rows came; give one "
+                "mixture a row (beams and several answers a row are counted by themselves)"
+            )
+        if self.idle:
+            return y
+        if not self.matrix:
+            a = layer.shrink(x, self.A)
+            w = self.w.repeat_interleave(x.shape[0] // rows, 0)
+            return layer.expand(a, w[:, :, None, None] if a.ndim == 4 else w.unsqueeze(1), self.Bt, y)
+        split = x.reshape(rows, -1, x.shape[-1])
+        if not self.own:
+            a = numerics.shrink(split, self.A)
+            return numerics.expand(a * self.w.unsqueeze(1).to(a.dtype), None, self.Bt, y)
+        out = y.reshape(rows, -1, y.shape[-1])
+        return numerics.low_rank_rows(split, self.A, self.w, self.Bt, out).view(y.shape)

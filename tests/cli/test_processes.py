@@ -1,0 +1,50 @@
+"""A process that accelerate started among others finds out which it is, and then works by itself."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from loraweave.cli.processes import Process, alone
+
+STARTED = {
+    "RANK": "3",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "4",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "node0",
+    "MASTER_PORT": "29500",
+    "ACCELERATE_MIXED_PRECISION": "no",
+    "TORCHELASTIC_RUN_ID": "none",
+    "GROUP_RANK": "1",
+}
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*STARTED, "CUDA_VISIBLE_DEVICES", "ACCELERATE_USE_CPU"):
+        # Set and taken away, so that what the code does to it is undone.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+def test_alone_nothing_changes() -> None:
+    before = dict(os.environ)
+    process = alone()
+    assert process == Process(0, 1)
+    assert process.main
+    assert os.environ == before
+
+
+@pytest.mark.parametrize(
+    ("visible", "cpu", "seen"), [("4,7", "", "7"), ("5", "", "5"), ("", "", ""), ("4,7", "true", "")]
+)
+def test_one_of_several_takes_its_gpu(monkeypatch: pytest.MonkeyPatch, visible: str, cpu: str, seen: str) -> None:
+    for name, value in {**STARTED, "CUDA_VISIBLE_DEVICES": visible, "ACCELERATE_USE_CPU": cpu}.items():
+        monkeypatch.setenv(name, value)
+    process = alone()
+    assert process == Process(3, 4)
+    assert not process.main
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
+    assert not {*STARTED, "ACCELERATE_USE_CPU"} & set(os.environ)

@@ -1,0 +1,157 @@
+"""Every shipped recipe: right in every field, and what it says is what the papers say."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from loraweave.cli import main
+from loraweave.recipe import load_recipe
+from loraweave.recipe_files import needs
+
+ROOT = Path(__file__).parents[2] / "recipes"
+RECIPES = sorted(ROOT.glob("**/*.yaml"))
+SMALL = [path for path in RECIPES if "\nsmall:" in path.read_text()]
+COMPOSLORA = {style: ROOT / "composlora" / f"{style}.yaml" for style in ("anime", "reality")}
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_recipe_is_right(path: Path) -> None:
+    recipe = load_recipe(path)
+    found = needs(recipe, path.parent)
+    # Whatever is not here comes from the hub, or the recipe says where from.
+    assert not [need for need in found if need.state == "missing" and need.origin is None]
+    for pattern in recipe.origins:
+        assert any(need.origin == recipe.origins[pattern] for need in found), f"{pattern} is of no use"
+    # Every command in the header parses to this very file.
+    commands = re.findall(r"^#   (loraweave .*?)(?:  #.*)?$", path.read_text(), re.MULTILINE)
+    assert commands
+    assert all(command.split()[2] == f"recipes/{name(path)}" for command in commands if " judge " not in command)
+
+
+@pytest.mark.parametrize("path", SMALL, ids=name)
+def test_small_form_needs_nothing_that_is_not_bundled(path: Path) -> None:
+    recipe = load_recipe(path, small=True)
+    assert {need.state for need in needs(recipe, path.parent)} == {"bundled"}
+    assert "small" not in recipe.to_dict()
+
+
+def test_every_table_is_there() -> None:
+    there = {path.relative_to(ROOT / "mole").parts[0].removesuffix(".yaml") for path in ROOT.glob("mole/**/*.yaml")}
+    assert there == {*(f"table{n:02d}" for n in range(1, 11)), "figure05", "figure07"}
+    counts = Counter(path.parent.name for path in ROOT.glob("mole/*/*.yaml"))
+    assert counts == {"table01": 15, "table02": 4, "table03": 5, "table06": 4, "table10": 4}
+
+
+# The paper's own: its averages are not the means of what it prints.
+SLIPS = {"mole/table03/bbh.yaml": {"lorahub", "pem", "mole"}, "mole/table03/translation.yaml": {"pem"}}
+
+
+def averaged() -> list[Path]:
+    published = {path: load_recipe(path).published for path in RECIPES}
+    return [path for path, table in published.items() if table and any("average" in s for s in table.scores.values())]
+
+
+@pytest.mark.parametrize("path", averaged(), ids=name)
+def test_printed_averages_are_near_the_mean_of_what_was_printed(path: Path) -> None:
+    """Catches slips of copying."""
+    published = load_recipe(path).published
+    assert published is not None
+    for method, scores in published.scores.items():
+        figures = [value for column, value in scores.items() if column != "average"]
+        if figures and method not in SLIPS.get(name(path), ()):
+            assert scores["average"] == pytest.approx(sum(figures) / len(figures), abs=0.15), method
+
+
+@pytest.mark.parametrize("style", COMPOSLORA)
+def test_composlora_sets(style: str) -> None:
+    """240 sets a style: a character of three, with one of two in 1 to 4 of four other categories."""
+    testbed = load_recipe(COMPOSLORA[style]).testbed
+    assert testbed is not None
+    sets = testbed.sets()
+    assert Counter(len(one.experts) for one in sets) == {2: 24, 3: 72, 4: 96, 5: 48}
+    slow = {
+        frozenset(chosen)
+        for size in (2, 3, 4, 5)
+        for chosen in itertools.combinations(testbed.elements, size)
+        if sum(testbed.elements[name].category == "character" for name in chosen) == 1
+        and len({testbed.elements[name].category for name in chosen}) == size
+    }
+    assert len(sets) == len(slow) == 240
+    assert {frozenset(one.experts) for one in sets} == slow
+    assert len({one.id for one in sets}) == 240
+
+
+def test_composlora_as_a_whole() -> None:
+    recipes = [load_recipe(path) for path in COMPOSLORA.values()]
+    assert sum(len(recipe.experts) for recipe in recipes) == 22
+    sets = [one for recipe in recipes if recipe.testbed for one in recipe.testbed.sets()]
+    assert len(sets) == 480
+    assert Counter(len(one.experts) for one in sets) == {2: 48, 3: 144, 4: 192, 5: 96}
+    for recipe in recipes:
+        categories = Counter(element.category for element in recipe.testbed.elements.values())  # type: ignore[union-attr]
+        assert categories == {"character": 3, "clothing": 2, "style": 2, "background": 2, "object": 2}
+        assert len(set(recipe.origins.values())) == 11
+        assert all(place.startswith("https://civitai.com/models/") for place in recipe.origins.values())
+
+
+def test_validate_says_what_is_missing_and_where_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(COMPOSLORA["anime"])
+    assert main(["validate", path]) == 2
+    said = capsys.readouterr()
+    assert "240 (24 of 2, 72 of 3, 96 of 4, 48 of 5)" in said.out
+    assert (
+        "missing: loras/anime/character_1.safetensors (experts.character_1); "
+        "from https://civitai.com/models/20346?modelVersionId=24191"
+    ) in said.out
+    assert "error: 11 files or folders are missing" in said.err
+    assert main(["validate", path, "--fields"]) == 0
+
+
+def test_sets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["testbed", str(COMPOSLORA["anime"]), "--set", "character_3+object_2"]) == 0
+    (row,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert row["prompts"] == [
+        "masterpiece, best quality, son goku, spiked hair, muscular male, wristband, toast, toast in mouth"
+    ]
+    assert row["elements"][1] == {"name": "object (toast in the mouth)", "features": ["toast", "toast in mouth"]}
+    assert main(["testbed", str(COMPOSLORA["anime"]), "--limit", "10"]) == 0
+    rows = list(map(json.loads, capsys.readouterr().out.splitlines()))
+    assert Counter(len(row["experts"]) for row in rows) == {2: 1, 3: 3, 4: 4, 5: 2}
+    assert main(["testbed", str(COMPOSLORA["anime"]), "--set", "character_3+object_9"]) == 2
+    assert "did you mean" in capsys.readouterr().err
+
+
+def test_a_small_form_runs_with_the_papers_figures_beside_ours(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
+    quick = ["train.steps=2", "train.seeds=[0]", "data.train_items=6", "data.test_items=3", "train.batch_size=6"]
+    assert main(["compare", str(ROOT / "mole" / "table04.yaml"), "--small", "-o", str(tmp_path / "4"), *quick]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "MoLE, Table 4 (EM): figures of the paper, and ours on the bundled zoo" in said
+    assert re.search(r"average\s+77\.6\s+[\d.]+\s+76\.5\s+[\d.]+", said)
+    assert main(["compare", str(ROOT / "mole" / "figure05.yaml"), "--small", "-o", str(tmp_path / "5"), *quick]) == 0
+    results = json.loads((tmp_path / "5" / "results.json").read_text())
+    assert {"mole", "mole_without_balance"} <= results["scores"].keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SMALL, ids=name)
+def test_every_small_form_runs(path: Path, tmp_path: Path) -> None:
+    quick = ["train.steps=2", "train.seeds=[0]", "data.train_items=8", "data.test_items=10"]
+    assert main(["compare", str(path), "--small", "-o", str(tmp_path / "out"), *quick]) == 0
+
+
+def test_no_small_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", str(COMPOSLORA["anime"]), "--small", "-o", str(tmp_path / "out")]) == 2
+    assert "has no small form (section 'small')" in capsys.readouterr().err
