@@ -378,6 +378,10 @@ class Mixture:
 
     def _install(self, policy: Policy) -> None:
         """Put a policy's sites in the place of the present ones; whatever may fail is done first."""
+        if policy.mix == "outputs" and self._anatomy.staging is not None:
+            raise LoraweaveError(
+                "mix='outputs' is for language models; over a diffusers pipeline use mix='deltas' (the default)"
+            )
         sites = self._build(policy)
         constants = [self._constant_weights(policy, site.plan) for site in sites]
         self._stage.check(policy, self.experts, self._kept)

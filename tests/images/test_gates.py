@@ -112,3 +112,15 @@ def test_a_trained_gate_is_saved_and_loaded(sets: Any, attach: Any, tmp_path: An
         assert_close(pipes.latents(pipe), expected, rtol=0, atol=0)
     finally:
         again.detach()
+
+
+def test_mixing_block_outputs_is_for_language_models(sets: Any, attach: Any) -> None:
+    pipe, files, _ = sets("sd15")
+    outputs = lw.MoLE(mix="outputs", evidence="outputs", gate_form="full")
+    with pytest.raises(lw.LoraweaveError, match="use mix='deltas'") as caught:
+        lw.attach(pipe, files, outputs)
+    assert "\n" not in str(caught.value)
+    mixture = attach(pipe, files, lw.MoLE())  # the refused one left nothing behind
+    with pytest.raises(lw.LoraweaveError, match="use mix='deltas'"):
+        mixture.policy = outputs
+    assert mixture.policy == lw.MoLE()

@@ -62,7 +62,20 @@ def scheduler_named(pipe: Any, name: str | None) -> Any:
     known = [n for n in dir(diffusers) if n.endswith("Scheduler") and not n.startswith("Flax")]
     if name not in known:
         raise unknown("scheduler", name, known)
-    return getattr(diffusers, name).from_config(pipe.scheduler.config)
+    return getattr(diffusers, name).from_config(_settings(pipe.scheduler))
+
+
+def _settings(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's config from which another class keeps what the pipeline has changed.
+
+    diffusers leaves out what was not in the file, even where the pipeline then set it, as Stable Diffusion's sets
+    ``clip_sample``.
+    """
+    config = dict(scheduler.config)
+    usual = inspect.signature(type(scheduler).__init__).parameters
+    untouched = config.get("_use_default_values", [])
+    config["_use_default_values"] = [n for n in untouched if n in usual and config[n] == usual[n].default]
+    return config
 
 
 def clean_estimate(scheduler: Any, prediction: Tensor, timestep: Any, sample: Tensor) -> Tensor:

@@ -61,6 +61,17 @@ def test_clean_estimate_of_a_flow_undoes_its_noise() -> None:
     assert_close(runs.clean_estimate(scheduler, noise - clean, t, noisy), clean)
 
 
+def test_another_scheduler_keeps_what_the_pipeline_has_set(taught: Any) -> None:
+    pipe, _ = taught("sd15")
+    assert pipe.scheduler.config.clip_sample is False  # by Stable Diffusion's pipeline; DDIM and DDPM clip by default
+    for name in ("DDPMScheduler", "DDIMScheduler"):
+        assert runs.scheduler_named(pipe, name).config.clip_sample is False
+    # What neither a file nor the pipeline has set is as the other class has it.
+    assert pipe.scheduler.config.timestep_spacing == "leading"
+    linspace = runs.scheduler_named(pipe, "DPMSolverMultistepScheduler").config.timestep_spacing
+    assert linspace == diffusers.DPMSolverMultistepScheduler().config.timestep_spacing == "linspace"
+
+
 def test_a_run_without_guidance_by_hand(taught: Any, attach: Any) -> None:
     pipe, files = taught("sd15", True)
     attach(pipe, files, lw.MoLE())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from loraweave.errors import LoraweaveError, LoraweaveWarning
+from loraweave.errors import LoraweaveError
+from loraweave.experts.triggers import warn_of_triggers
 from loraweave.files import atomic_path
 from loraweave.integrations import diffusers_training as runs
 from loraweave.mixing.numerics import balance_loss
@@ -94,7 +94,7 @@ def train_images(
         if accelerator.device.type != "cpu":
             pipe.to(accelerator.device)
         lesson = objective.lesson(mixture, data, accelerator.device)
-        warn_of_triggers(mixture, lesson.prompts)
+        warn_of_triggers(mixture.sources, lesson.prompts)
         optimizer = torch.optim.AdamW(learned, lr=rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, _slope(max(1, steps // 20) if warmup_steps is None else warmup_steps, steps)
@@ -172,19 +172,6 @@ def train_images(
         loss=total / max(done.step - begun, 1),
         history=done.history,
     )
-
-
-def warn_of_triggers(mixture: Mixture, prompts: Sequence[str]) -> None:
-    """Warn where no prompt has any of the words that call an expert up."""
-    said = " ".join(prompts).lower()
-    for expert in mixture.sources:
-        words = expert.report.triggers if expert.report is not None else []
-        if words and not any(word.lower() in said for word in words):
-            warnings.warn(
-                f"expert {expert.name!r}: no prompt has any of the words that call it up ({', '.join(words)})",
-                LoraweaveWarning,
-                stacklevel=3,
-            )
 
 
 def _checked(mixture: Mixture, **counts: int | None) -> Any:
