@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.extend(str(Path(__file__).parents[n]) for n in range(3))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # before the pipes of Python itself
 
 import image_lessons as lessons
 import torch

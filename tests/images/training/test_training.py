@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pipes
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,41 @@ import torch
 from torch.testing import assert_close
 
 import loraweave as lw
+from loraweave.integrations import diffusers_training as runs
 from loraweave.training.images import checkpoints
-from loraweave.training.images.objectives import _Guided
+from loraweave.training.images import train as training
+from loraweave.training.images.objectives import Draw, _Guided
 
 
-def test_gates_learn_whose_picture_it_is(taught: Any, attach: Any) -> None:
-    pipe, files = taught("sd15")
-    mixture = attach(pipe, files, lw.MoLE())
-    with mixture.only("hero"):
-        shown = pipe("hero", num_inference_steps=2, generator=torch.Generator().manual_seed(0), **lessons.SIZE).images
-    options = lessons.guidance(concepts={"hero": shown, "coat": shown}, steps=1, guidance=1.0, global_weight=0.0,
-                               boxes=dict.fromkeys(("hero", "coat"), (0, 0, 1, 1)))  # fmt: skip
-    result = lessons.train(mixture, ["hero"], options, steps=12, learning_rate=0.05, balance=0.0)
-    losses = [entry["task_loss"] for entry in result.history]
-    assert sum(losses[-3:]) < sum(losses[:3])
-    assert result.steps == 12
+@pytest.mark.parametrize("mine", ["hero", "coat"])
+def test_the_expert_whose_picture_it_is_gains_weight(
+    mine: str, taught: Any, attach: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pipe, _ = taught("sd15")
+    # So weak that pictures between the experts' lie between them.
+    chosen = {p: m for p, m in pipes.targets(pipe, ("to_q", "to_v")).items() if p.startswith("unet")}
+    files = {}
+    for n, name in enumerate(("hero", "coat")):
+        pairs = {path: (a, 0.05 * b) for path, (a, b) in pipes.factors(chosen, n, rank=2).items()}
+        files[name] = pipes.write(tmp_path / f"{name}.safetensors", pairs)
+    mixture = attach(pipe, files, lw.MoLE(granularity="network"))
+    start, call = torch.Generator().manual_seed(0), lessons.SIZE | {"num_inference_steps": 2, "guidance_scale": 1.0}
+    scheduler = runs.scheduler_named(pipe, None)
+    with mixture.only(mine):
+        picture = runs.estimated_pictures(pipe, scheduler, ["a"], until=0.0, generators=[start], call=call)[0]
+    shown = [(picture.detach().permute(1, 2, 0) * 255).round().byte().numpy()]
+    # From the noise of the picture, so that the loss is 0 just where this expert is alone.
+    monkeypatch.setattr(training, "_draws", lambda *_: [Draw(0, 0, 0)])
+    whole = dict.fromkeys(("hero", "coat"), (0.0, 0.0, 1.0, 1.0))
+    options = lessons.guidance(
+        concepts=dict.fromkeys(whole, shown), boxes=whole, steps=2, when=(0.0, 0.0), guidance=1.0, global_weight=0.0
+    )
+    result = lessons.train(mixture, ["a"], options, steps=10, learning_rate=0.1, balance=0.0)
+    first, last = result.history[0], result.history[-1]
+    assert first[f"load/{mine}"] == pytest.approx(0.5, abs=0.02)
+    assert last[f"load/{mine}"] > 0.95
+    assert last["task_loss"] < 0.2 * first["task_loss"]
+    assert result.steps == 10
 
 
 def test_checkpointing_and_no_checkpointing_learn_the_same(taught: Any, attach: Any) -> None:
