@@ -44,7 +44,7 @@ def place(taught: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write(path: Path, files: Any, images: Any, **more: Any) -> Path:
     experts = {name: str(file) for name, file in files.items()}
     train = {"steps": 2, "learning_rate": 0.05, "batch_size": 2, "balance": 0.5}
-    said = {"base": "base", "experts": experts, "method": {"name": "mole", "scale": 2.0}, "images": images}
+    said = {"base": "base", "experts": experts, "method": {"name": "mole", "scale": 1.5}, "images": images}
     path.write_text(yaml.safe_dump(said | {"train": train} | more, sort_keys=False))
     return path
 
@@ -69,14 +69,14 @@ def test_a_recipe_becomes_a_mixture_that_paints(
 
     pipe, files = taught("sd15")
     single = copy.deepcopy(pipe).to(torch.float32)
-    mixture = lw.attach(single, files, lw.MoLE(scale=2.0))
+    mixture = lw.attach(single, files, lw.MoLE(scale=1.5))
     data, options = load_recipe(recipe).images.lesson()  # type: ignore[union-attr]
     lessons.train(mixture, data, options, learning_rate=0.05, batch_size=2, balance=0.5)
     expected = lessons.gates(mixture)
     mixture.detach()
     monkeypatch.chdir(tmp_path)
     again = lw.load(gated)
-    assert again.policy == lw.MoLE(scale=2.0)
+    assert again.policy == lw.MoLE(scale=1.5)
     for name, gate in lessons.gates(again).items():
         torch.testing.assert_close(gate, expected[name], atol=1e-6, rtol=1e-4)
 
@@ -91,7 +91,7 @@ def test_a_recipe_becomes_a_mixture_that_paints(
     assert found["gated"] == shown.tobytes()
     assert found["gated"] != found["mole"]
     told = json.loads((tmp_path / "out" / "image.json").read_text())["methods"]
-    assert (told["gated"]["saved"], told["gated"]["scale"]) == ("gated", 2.0)
+    assert (told["gated"]["saved"], told["gated"]["scale"]) == ("gated", 1.5)
 
 
 def test_a_mixture_of_other_experts_is_refused(
