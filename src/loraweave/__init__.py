@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from loraweave.mixture import Mixture, attach
     from loraweave.persistence import load
     from loraweave.policies import CAT, Arrow, Composite, Linear, LoGo, LoRAFlow, LoRAHub, MoLE, Regional, Sum, Switch
+    from loraweave.training.images.objectives import ClipGuidance, Denoising
+    from loraweave.training.images.train import train_images
     from loraweave.training.search import SearchResult, search
     from loraweave.training.train import TrainingResult, train
     from loraweave.training.trainer import GateTrainer
@@ -33,7 +35,9 @@ if TYPE_CHECKING:
 _HOME = {
     "Arrow": "policies",
     "CAT": "policies",
+    "ClipGuidance": "training.images.objectives",
     "Composite": "policies",
+    "Denoising": "training.images.objectives",
     "Expert": "experts.types",
     "ExpertReport": "experts.inspection",
     "GateTrainer": "training.trainer",
@@ -59,13 +63,16 @@ _HOME = {
     "read_expert": "experts.reader",
     "search": "training.search",
     "train": "training.train",
+    "train_images": "training.images.train",
     "write_expert": "experts.writer",
 }
 
 __all__ = [
     "CAT",
     "Arrow",
+    "ClipGuidance",
     "Composite",
+    "Denoising",
     "Expert",
     "ExpertReport",
     "GateTrainer",
@@ -92,6 +99,7 @@ __all__ = [
     "read_expert",
     "search",
     "train",
+    "train_images",
     "write_expert",
 ]
 

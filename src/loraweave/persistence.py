@@ -133,6 +133,47 @@ def load(folder: str | Path, model: Any = None, *, allow_changed: bool = False, 
     return mixture
 
 
+def saved_policy(folder: str | Path) -> Any:
+    """The method of a saved mixture, without its gates.
+
+    Raises:
+        LoraweaveError: not a saved mixture, or of another format.
+    """
+    place = Path(folder)
+    return registry.from_dict(_field(_read_json(place / MIXTURE), "method", dict, place))
+
+
+def adopt(mixture: Mixture, folder: str | Path) -> None:
+    """Give an attached mixture the method and the gates of a saved one of the same experts.
+
+    Experts that were copied into the folder are compared by name alone.
+
+    Raises:
+        LoraweaveError: not a saved mixture, of other experts, or its gates do not fit; the method stays as it was.
+    """
+    place, before = Path(folder), mixture.policy
+    entries = _field(_read_json(place / MIXTURE), "experts", list, place)
+    names = [entry.get("name") if isinstance(entry, Mapping) else None for entry in entries]
+    if names != list(mixture.experts):
+        raise LoraweaveError(
+            f"{place}: it mixes the experts {', '.join(map(str, names))}, these are {', '.join(mixture.experts)}; "
+            "name the same in the same order"
+        )
+    for entry, expert in zip(entries, mixture.sources, strict=True):
+        copied = str(entry.get("source")).startswith(f"{EXPERTS}/")
+        if not copied and entry.get("sha256") != expert.sha256:
+            raise LoraweaveError(
+                f"{place}: its gates were trained with another file of the expert {expert.name!r} than "
+                f"{expert.source!r}; use that one, or train again"
+            )
+    mixture.policy = saved_policy(place)
+    try:
+        load_gates(mixture, place)
+    except LoraweaveError:
+        mixture.policy = before
+        raise
+
+
 def load_gates(mixture: Mixture, folder: str | Path) -> None:
     """Put saved gate parameters into an attached mixture.
 

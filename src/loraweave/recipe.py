@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from loraweave import recipe_yaml
 from loraweave.errors import LoraweaveError, unknown
+from loraweave.recipe_images import Images
 from loraweave.recipe_merge import Merge
 from loraweave.recipe_testbed import Published, Testbed, small_form
 
@@ -199,6 +200,7 @@ class Recipe(_Part):
     published: Published | None = Field(default=None, description="a paper's figures, shown beside ours")
     origins: dict[str, str] = Field(default={}, description="pattern of files (loras/*) -> where they come from")
     testbed: Testbed | None = Field(default=None, description="sets of experts to compose into pictures")
+    images: Images | None = Field(default=None, description="what gates over a diffusers pipeline are taught by")
     small: dict[str, Any] = Field(default={}, exclude=True, description="sections as --small takes them")
 
     @field_validator("experts", mode="before")
@@ -259,6 +261,8 @@ class Recipe(_Part):
         for name in self.testbed.elements if self.testbed is not None else ():
             if name not in self.names:
                 raise LoraweaveError(f"testbed.elements: {unknown('expert', name, self.names)}")
+        if self.images is not None:
+            self.images.check(self.names, self.train, data=bool(self.data.by_task()))
         return self
 
     def training(self, label: str = "", contender: Contender | None = None) -> Train:
@@ -374,7 +378,8 @@ def _placed(recipe: Recipe, folder: Path) -> Recipe:
     experts = {name: maybe(source) for name, source in recipe.experts.items()}
     merged = {name: merge.placed(maybe) for name, merge in recipe.merged.items()}
     placed = {"base": maybe(recipe.base), "experts": experts, "merged": merged, "data": data}
-    return recipe.model_copy(update=placed | {"testbed": recipe.testbed and recipe.testbed.placed(folder)})
+    placed |= {"testbed": recipe.testbed and recipe.testbed.placed(folder)}
+    return recipe.model_copy(update=placed | {"images": recipe.images and recipe.images.placed(folder, maybe)})
 
 
 def _problems(error: ValidationError, inside: str = "") -> list[str]:

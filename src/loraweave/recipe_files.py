@@ -51,6 +51,11 @@ def needs(recipe: Recipe, folder: str | Path = ".") -> list[Need]:
         add("testbed.vae", recipe.testbed.vae)
         for name, element in recipe.testbed.elements.items():
             add(f"testbed.elements.{name}.references", element.references)
+    if recipe.images is not None:
+        add("images.clip", recipe.images.clip)
+        for field, folders in (("references", recipe.images.references), ("pictures", recipe.images.pictures)):
+            for name, place in folders.items():
+                add(f"images.{field}.{name}", place)
     return [_need(recipe, what, source, Path(folder)) for source, what in named.items()]
 
 
@@ -68,6 +73,6 @@ def _need(recipe: Recipe, what: str, source: str, folder: Path) -> Need:
     if Path(source).exists():
         return Need(what, source, "here", origin)
     # A name with an origin is a place on this machine; without one, "loras/qa" and "someone/qa" look the same.
-    of_models = what == "base" or what.startswith(("experts.", "merged.")) or what == "testbed.vae"
+    of_models = what in ("base", "testbed.vae", "images.clip") or what.startswith(("experts.", "merged."))
     hub = of_models and origin is None and _HUB.fullmatch(source) is not None
     return Need(what, source, "hub" if hub else "missing", origin)

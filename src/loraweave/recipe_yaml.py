@@ -6,6 +6,7 @@ import re
 import reprlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import yaml
@@ -108,10 +109,17 @@ def fields_at(model: type[BaseModel], place: Sequence[str | int]) -> list[str]:
     part: Any = model
     for key in place:
         if isinstance(part, type) and issubclass(part, BaseModel):
-            part = part.model_fields[str(key)].annotation
+            part = _section(part.model_fields[str(key)].annotation)
         else:
             part = next((a for a in getattr(part, "__args__", ()) if isinstance(a, type) and a is not str), None)
     return list(part.model_fields) if isinstance(part, type) and issubclass(part, BaseModel) else []
+
+
+def _section(annotation: Any) -> Any:
+    """``Testbed | None`` -> ``Testbed``; others as they are."""
+    if not isinstance(annotation, UnionType):
+        return annotation
+    return next((a for a in annotation.__args__ if isinstance(a, type) and issubclass(a, BaseModel)), annotation)
 
 
 def short(value: Any) -> str:

@@ -13,7 +13,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--negative", metavar="TEXT", help="what to keep away from")
     parser.add_argument(
         "--method", metavar="NAME", action="append", default=[],
-        help="switch, composite, merge, nla, bare, or a label of the recipe's 'compare'; may be given several times "
+        help="switch, composite, merge, nla, bare, a label of the recipe's 'compare', or the folder of a mixture that "
+        "'loraweave train' saved; may be given several times "
         "(default: all of 'compare', or else 'method')",
     )  # fmt: skip
     parser.add_argument("-o", "--out", metavar="DIR", required=True, help="where pictures, sheet and JSON go")
@@ -45,6 +46,10 @@ VERB = Verb(
         (
             "loraweave image hero.yaml --prompt 'hero in a coat' -o out/ --seed 0 1 2 --steps 30",
             "by the recipe's methods",
+        ),
+        (
+            "loraweave image examples/images.yaml --prompt 'hero in a coat' --method out/gated --method nla -o out/",
+            "by gates that 'loraweave train' has learned",
         ),
     ],
     arguments=_arguments,

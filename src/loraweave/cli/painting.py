@@ -7,16 +7,19 @@ import re
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from loraweave import persistence
 from loraweave.errors import LoraweaveError, LoraweaveWarning, unknown
 from loraweave.evaluation.environment import environment
+from loraweave.experts.triggers import warn_of_triggers
 from loraweave.files import atomic_path, write_json_atomic
 from loraweave.mixture import Mixture, attach
 from loraweave.policies import Composite, Sum, Switch, registry
 from loraweave.recipe import Method, Recipe
+from loraweave.training.learn import learns
 
 BARE = "bare"
 _FILE, _SHEET = "image.json", "sheet.png"
@@ -32,13 +35,23 @@ def paint(recipe: Recipe, options: argparse.Namespace) -> None:
     if torch.cuda.is_available():
         pipe.to("cuda", torch.float16)
     mixture = attach(pipe, recipe.experts, Sum())
-    warn_of_triggers(mixture, options.prompt)
-    for label, method in methods.items():
-        print(f"{label}: {cost(method, len(mixture.experts))}", flush=True)
+    warn_of_triggers(mixture.sources, [options.prompt])
+    for label, way in methods.items():
+        print(f"{label}: {cost(way.policy, len(mixture.experts))}", flush=True)
     pictures: dict[tuple[str, int], Any] = {}
     entries = []
-    for label, method in methods.items():
-        mixture.policy = Sum(0.0) if method is None else method
+    for label, way in methods.items():
+        if way.saved is None:
+            mixture.policy = Sum(0.0) if way.policy is None else way.policy
+            if learns(mixture):
+                warnings.warn(
+                    f"{label}: nothing was learned, these are fresh gates or weights; give --method the folder of a "
+                    "mixture that 'loraweave train' saved",
+                    LoraweaveWarning,
+                    stacklevel=2,
+                )
+        else:
+            persistence.adopt(mixture, way.saved)
         for seed in options.seed:
             began = time.perf_counter()
             picture = one(pipe, options, seed)
@@ -55,26 +68,47 @@ def paint(recipe: Recipe, options: argparse.Namespace) -> None:
     print(out / _SHEET)
 
 
-def chosen(recipe: Recipe, names: list[str]) -> dict[str, Any]:
-    """Label -> policy, ``None`` for the bare base.
+class Way(NamedTuple):
+    """How to paint.
+
+    Attributes:
+        policy: the method, ``None`` for the bare base.
+        saved: the mixture whose method and gates these are.
+    """
+
+    policy: Any
+    saved: Path | None = None
+
+
+def chosen(recipe: Recipe, names: list[str]) -> dict[str, Way]:
+    """Label -> method; a saved mixture is called like its folder.
 
     Raises:
-        LoraweaveError: a name is neither a label of the recipe nor a method, or is given twice.
+        LoraweaveError: a name is neither a label of the recipe, a method nor a saved mixture, or is given twice.
     """
-    labels = {label: contender.method.policy() for label, contender in recipe.compare.items()}
+    labels = {label: Way(contender.method.policy()) for label, contender in recipe.compare.items()}
     if not names:
-        return labels or {recipe.method.name: recipe.method.policy()}
+        return labels or {recipe.method.name: Way(recipe.method.policy())}
     if len(set(names)) < len(names):
         raise LoraweaveError(
             "argument --method: a method is named twice; labels in the recipe's 'compare' tell them apart"
         )
     known = [*labels, *registry.names(), *registry.ALIASES, BARE]
-    found: dict[str, Any] = {}
+    found: dict[str, Way] = {}
     for name in names:
-        if name not in known:
+        place = Path(name)
+        if name not in known and place.is_dir():
+            label = place.resolve().name
+            if label in found or (label != name and label in names):
+                raise LoraweaveError(f"argument --method: two are called {label!r}; rename the folder {name!r}")
+            found[label] = Way(persistence.saved_policy(place), place)
+        elif name not in known:
             raise unknown("method", name, known)
-        own = recipe.method.policy() if recipe.method.name == name else None
-        found[name] = None if name == BARE else labels.get(name) or own or Method(name=name).policy()
+        elif name == BARE:
+            found[name] = Way(None)
+        else:
+            own = recipe.method if recipe.method.name == name else Method(name=name)
+            found[name] = labels.get(name) or Way(own.policy())
     return found
 
 
@@ -102,18 +136,6 @@ def one(pipe: Any, options: argparse.Namespace, seed: int) -> Any:
     return pipe(**call, generator=torch.Generator().manual_seed(seed)).images[0]
 
 
-def warn_of_triggers(mixture: Mixture, prompt: str) -> None:
-    """Warn where a prompt has none of the words that call an expert up."""
-    for expert in mixture.sources:
-        words = expert.report.triggers if expert.report is not None else []
-        if words and not any(word.lower() in prompt.lower() for word in words):
-            warnings.warn(
-                f"expert {expert.name!r}: the prompt has none of the words that call it up ({', '.join(words)})",
-                LoraweaveWarning,
-                stacklevel=2,
-            )
-
-
 def sheet(pictures: dict[tuple[str, int], Any], labels: list[str], seeds: list[int]) -> Any:
     """All pictures on one: a column for each method, a row for each seed."""
     from PIL import Image, ImageDraw
@@ -130,7 +152,7 @@ def sheet(pictures: dict[tuple[str, int], Any], labels: list[str], seeds: list[i
     return whole
 
 
-def described(recipe: Recipe, options: argparse.Namespace, mixture: Mixture, methods: dict[str, Any]) -> dict[str, Any]:
+def described(recipe: Recipe, options: argparse.Namespace, mixture: Mixture, methods: dict[str, Way]) -> dict[str, Any]:
     """Everything that is needed to paint the same again."""
     import diffusers
 
@@ -146,6 +168,12 @@ def described(recipe: Recipe, options: argparse.Namespace, mixture: Mixture, met
         "steps": options.steps,
         "guidance": options.guidance,
         "size": options.size,
-        "methods": {label: None if m is None else registry.to_dict(m) for label, m in methods.items()},
+        "methods": {label: _described(way) for label, way in methods.items()},
         **found,
     }
+
+
+def _described(way: Way) -> dict[str, Any] | None:
+    if way.policy is None:
+        return None
+    return registry.to_dict(way.policy) | ({} if way.saved is None else {"saved": str(way.saved)})

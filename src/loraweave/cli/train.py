@@ -15,7 +15,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--copy-experts", action="store_true", help="save the experts too; DIR then needs just the base"
     )
     parser.add_argument(
-        "--checkpoints", metavar="DIR", help="keep checkpoints there, and go on from the last whole one"
+        "--checkpoints",
+        metavar="DIR",
+        help="keep checkpoints and samples there, and go on from the last whole one",
     )
 
 
@@ -28,6 +30,12 @@ def _run(options: argparse.Namespace) -> None:
 
     recipe = load_recipe(options.recipe, options.overrides)
     check_replaceable(options.out, ours=building.MIXTURE_FILES)
+    if recipe.images is not None:
+        from loraweave.cli.image_gates import teach
+
+        kept = {"copy_experts": options.copy_experts, "checkpoints": options.checkpoints}
+        teach(recipe, recipe.images, options.out, **kept)
+        return
     # Before the base is loaded, so that bad data shows at once.
     data = building.training_data(recipe, recipe.train.seed) if building.names_training_data(recipe) else []
     mixture, tokenizer = building.build(recipe)
@@ -47,11 +55,13 @@ def _run(options: argparse.Namespace) -> None:
 VERB = Verb(
     name="train",
     summary="train the gates of a recipe and save the mixture",
-    details="Train the gates of a recipe (the base and the experts stay as they are) and save the mixture.",
+    details="Train the gates of a recipe (the base and the experts stay as they are) and save the mixture.\n"
+    "A recipe with a section 'images' trains gates over a diffusers pipeline, for 'loraweave image'.",
     examples=[
         ("loraweave train examples/zoo.yaml -o out/mixture", "train gates over bundled LoRAs"),
         ("loraweave train examples/zoo.yaml -o out/mixture train.steps=50 method.scale=2", "with other settings"),
         ("loraweave train recipe.yaml -o out/mixture --checkpoints out/ckpt", "run again after a crash to go on"),
+        ("loraweave train examples/images.yaml -o out/gated", "gates over LoRAs of a diffusers pipeline"),
     ],
     arguments=_arguments,
     run=_run,

@@ -24,6 +24,8 @@ _TEXT = re.compile(
     r"\.(add_[qkv]_proj|to_add_out|ff_context|norm1_context|context_embedder|txt_in|caption_projection|text_embedder|"
     r"encoder_hid_proj)(\.|$)"
 )
+# Parts of transformer blocks that read the time (and pooled prompt), one vector a row, before any token is read.
+_TIME = re.compile(r"\.norm\w*\.linear$")
 _STAGE = re.compile(r"(Up|Down|Mid)Block")
 _UNBATCHED = frozenset({"img_ids", "txt_ids", "image_rotary_emb"})
 _SCALES = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
@@ -97,6 +99,7 @@ def open_pipeline(pipe: Any, blocks: Iterable[str] | None = None) -> Host:
         streams=(
             *(StreamSpec(name, name, mask=None, spatial=True) for name in denoisers),
             *(StreamSpec(f"{name}.text", name, mask=None) for name in denoisers),
+            *(StreamSpec(f"{name}.time", name, mask=None) for name in denoisers),
             *(StreamSpec(name, name) for name in encoders),
         ),
         stream_of=partial(_stream_of, module),
@@ -110,6 +113,8 @@ def _stream_of(module: Components, path: str) -> str:
     part, _, inner = path.partition(".")
     if not _DENOISER.fullmatch(part):
         return part
+    if _TIME.search(f".{inner}"):
+        return f"{part}.time"
     owner, _, leaf = path.rpartition(".")
     crosses = leaf in ("to_k", "to_v") and getattr(module.get_submodule(owner), "is_cross_attention", False)
     return f"{part}.text" if crosses or _TEXT.search(f".{inner}") else part

@@ -13,9 +13,10 @@ from loraweave.mixing.denoiser import Staging
 from loraweave.mixing.site import Place
 from loraweave.mixing.stream import StreamSpec
 
-# Names under which models call the projection that runs first in an attention, though it may be registered later.
+# Names under which models call the projection that runs first in an attention, though it may be registered later;
+# Flux's single blocks run proj_mlp before their attention.
 LEADING = re.compile(
-    r"(^|[._])(q|query|qkv|wqkv|c_attn|in_proj|query_key_value)(_proj|_lin)?$|(^|\.)to_q$", re.IGNORECASE
+    r"(^|[._])(q|query|qkv|wqkv|c_attn|in_proj|query_key_value)(_proj|_lin)?$|(^|\.)(to_q|proj_mlp)$", re.IGNORECASE
 )
 
 

@@ -141,6 +141,12 @@ class Stage:
                 if layer.constant is None or not torch.equal(layer.constant, g):
                     layer.fix(g)
 
+    def forget(self, path: str) -> None:
+        """A pass of the model at ``path`` begins: no gate may use what was decided in another."""
+        for site in self.sites:
+            if site.gate is not None and self.within(site, [path]):
+                site.clear()
+
     def close(self) -> None:
         for door in self.doors:
             door.remove()
@@ -184,6 +190,7 @@ class DenoiserDoor:
         if self.inner:
             return None
         self.refuse_scale(args, kwargs)
+        self.stage.forget(self.path)
         stage, policy = self.stage, self.stage.policy
         owners: tuple[int, ...] = ()
         if isinstance(policy, Turns) or (isinstance(policy, Scheduled) and stage.moving):
@@ -303,6 +310,7 @@ class EncoderDoor:
         return self.stage.owners() if touched and isinstance(self.stage.policy, Turns | Copies) else ()
 
     def enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.stage.forget(self.path)
         copies = len(self.owners())
         if copies < 2:
             return None

@@ -35,6 +35,10 @@ def build_sites(
     Raises:
         LoraweaveError: the policy does not go with this model or these experts.
     """
+    if policy.mix == "outputs" and anatomy.staging is not None:
+        raise LoraweaveError(
+            "mix='outputs' is for language models; over a diffusers pipeline use mix='deltas' (the default)"
+        )
     places = [anatomy.place(path) for path in layers]
     specs = {spec.name: spec for spec in anatomy.streams}
     sites = []

@@ -81,6 +81,8 @@ def train(
     from loraweave.training.progress import OneLineProgress
     from loraweave.training.trainer import GateTrainer, last_whole_checkpoint
 
+    if mixture.pipeline is not None:
+        raise LoraweaveError("train: this mixture stands in a diffusers pipeline; use lw.train_images")
     examples = read_examples(data)
     for name, value in (("steps", steps), ("batch_size", batch_size)):
         if value < 1:

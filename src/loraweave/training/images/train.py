@@ -1,0 +1,262 @@
+"""``train_images``: gates over a pipeline's LoRAs, learned in one call."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from loraweave.errors import LoraweaveError
+from loraweave.experts.triggers import warn_of_triggers
+from loraweave.files import atomic_path
+from loraweave.integrations import diffusers_training as runs
+from loraweave.mixing.numerics import balance_loss
+from loraweave.mixture import Mixture
+from loraweave.training import objective as gates
+from loraweave.training.images import checkpoints
+from loraweave.training.images.objectives import ClipGuidance, Denoising, Draw, Lesson
+from loraweave.training.train import TrainingResult, default_learning_rate
+
+SAMPLES = "samples"
+_SHOWN = 4
+
+
+def train_images(
+    mixture: Mixture,
+    data: Any,
+    objective: ClipGuidance | Denoising,
+    *,
+    steps: int = 100,
+    learning_rate: float | None = None,
+    batch_size: int = 1,
+    balance: float | None = None,
+    warmup_steps: int | None = None,
+    seed: int = 0,
+    output_dir: str | Path | None = None,
+    resume: bool = False,
+    save_every: int | None = None,
+    sample_every: int | None = None,
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None,
+    gradient_checkpointing: bool = True,
+    progress: bool | str = True,
+) -> TrainingResult:
+    """Train the gates of a mixture over a diffusers pipeline; the experts and the pipeline stay as they are.
+
+    Runs on accelerate: start it by ``accelerate launch`` or ``torchrun`` for several processes, which share what one
+    process with the whole batch would do. All that is drawn depends on ``seed``, step and row alone, so a run that goes
+    on from a checkpoint ends where an uninterrupted one does.
+
+    Args:
+        mixture: attached to a pipeline, with a policy that learns (``MoLE``).
+        data: prompts, for :class:`ClipGuidance`; prompt -> folder of pictures, or pairs of picture and prompt, for
+            :class:`Denoising`.
+        objective: what the gates are taught by.
+        steps: optimiser steps.
+        learning_rate: at its highest; a short warm-up, then linear to zero. Default: what suits the gates' width.
+        batch_size: pictures per step and process.
+        balance: weight of the balance loss; default: the policy's.
+        warmup_steps: default: a twentieth of ``steps``.
+        seed: of everything that is drawn.
+        output_dir: where checkpoints and samples go; none are kept by default.
+        resume: go on from the last checkpoint in ``output_dir``, if there is one.
+        save_every: steps between checkpoints; default: a quarter of ``steps``. An interruption (Ctrl-C) writes one too.
+        sample_every: steps between sample pictures of the first prompts; none by default.
+        mixed_precision: as accelerate takes it; default: what accelerate is configured to.
+        gradient_checkpointing: compute denoiser and decoder again instead of keeping what they computed.
+        progress: show a progress bar; a text stands before it.
+
+    Raises:
+        LoraweaveError: nothing to train, bad data or options, a pipeline that is not supported, or a checkpoint of
+            another run.
+    """
+    from accelerate import Accelerator
+
+    pipe = _checked(mixture, steps=steps, batch_size=batch_size, save_every=save_every, sample_every=sample_every)
+    if learning_rate is not None and not learning_rate > 0:
+        raise LoraweaveError(f"learning_rate: expected a number above 0, got {learning_rate}")
+    if output_dir is None and (resume or sample_every is not None):
+        raise LoraweaveError("output_dir: resume and sample_every need a folder; give one")
+    folder = None if output_dir is None else Path(output_dir)
+    weight = float(getattr(mixture.policy, "balance", 0.0) if balance is None else balance)
+    rate = learning_rate or default_learning_rate(mixture)
+    learned = [p for _, p in mixture.gate_parameters() if p.requires_grad]
+    started = time.perf_counter()
+    with ExitStack() as stack:
+        accelerator = Accelerator(mixed_precision=mixed_precision, cpu=_stays_on_cpu(pipe))
+        stack.enter_context(runs.prepared(pipe, gradient_checkpointing))
+        if accelerator.device.type != "cpu":
+            pipe.to(accelerator.device)
+        lesson = objective.lesson(mixture, data, accelerator.device)
+        warn_of_triggers(mixture.sources, lesson.prompts)
+        optimizer = torch.optim.AdamW(learned, lr=rate, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, _slope(max(1, steps // 20) if warmup_steps is None else warmup_steps, steps)
+        )
+        prepared = accelerator.prepare(optimizer)
+        rows = batch_size * accelerator.num_processes
+        settings = {"steps": steps, "rows": rows, "seed": seed, "learning_rate": rate, "balance": weight}
+        done = checkpoints.Progress(0, [], 0.0, settings)
+        found = checkpoints.read(folder, mixture, settings) if resume and folder is not None else None
+        if found is not None:
+            state, done = found
+            optimizer.load_state_dict(state["optimizer"])
+            schedule.load_state_dict(state["schedule"])
+            if accelerator.scaler is not None and state["scaler"]:
+                accelerator.scaler.load_state_dict(state["scaler"])
+        begun, total = done.step, 0.0
+        bar = stack.enter_context(
+            tqdm(
+                total=steps,
+                initial=done.step,
+                desc=progress if isinstance(progress, str) else "training gates",
+                unit="step",
+                disable=not (progress and accelerator.is_main_process),
+            )
+        )
+
+        def save() -> None:
+            if folder is not None and accelerator.is_main_process:
+                scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
+                states = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "scaler": scaler}
+                checkpoints.write(folder, mixture, states, done)
+
+        log_every, save_every = max(1, steps // 20), save_every or max(1, steps // 4)
+        whole = True  # whether gates and optimiser are of one step
+        try:
+            while done.step < steps:
+                draws = list(_draws(seed, done.step, rows, len(lesson.prompts)))
+                mine = draws[accelerator.process_index * batch_size :][:batch_size]
+                with accelerator.autocast():
+                    task, shares = _pass(mixture, lesson, mine, accelerator)
+                    loss = task + weight * balance_loss(shares) if weight else task
+                if not torch.isfinite(accelerator.reduce(loss.detach(), "mean")):
+                    raise LoraweaveError(
+                        f"training: the loss at step {done.step + 1} is not finite; lower the learning rate, or train "
+                        "in bf16 or full precision"
+                    )
+                accelerator.backward(loss)
+                _average(learned, accelerator)
+                norm = accelerator.clip_grad_norm_(learned, 1.0)
+                whole = False
+                prepared.step()
+                schedule.step()
+                optimizer.zero_grad()
+                told = _log(mixture, accelerator.reduce(task.detach(), "mean"), shares, norm)
+                done.step, done.total, total = done.step + 1, done.total + told["task_loss"], total + told["task_loss"]
+                if done.step % log_every == 0 or done.step == steps:
+                    done.history.append({"step": float(done.step), **told})
+                whole = True
+                bar.update()
+                bar.set_postfix(loss=f"{told['task_loss']:.3f}", entropy=f"{told['entropy']:.2f}", refresh=False)
+                if done.step % save_every == 0 or done.step == steps:
+                    save()
+                if sample_every is not None and (done.step % sample_every == 0 or done.step == steps):
+                    assert folder is not None
+                    if accelerator.is_main_process:
+                        _sample(pipe, lesson, objective, folder / SAMPLES / f"step-{done.step:06d}.png")
+        except KeyboardInterrupt:
+            if whole and done.step > begun:
+                save()
+            raise
+        accelerator.wait_for_everyone()
+    return TrainingResult(
+        steps=done.step,
+        seconds=time.perf_counter() - started,
+        loss=total / max(done.step - begun, 1),
+        history=done.history,
+    )
+
+
+def _checked(mixture: Mixture, **counts: int | None) -> Any:
+    if mixture.pipeline is None:
+        raise LoraweaveError("train_images: this mixture stands in no diffusers pipeline; use lw.train")
+    for name, value in counts.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise LoraweaveError(f"{name}: expected a whole number of at least 1, got {value!r}")
+    if not any(p.requires_grad for _, p in mixture.gate_parameters()):
+        raise LoraweaveError(f"nothing to train: a {mixture.policy.name!r} policy has no gates that learn; use MoLE")
+    if mixture.folded:
+        raise LoraweaveError("cannot train gates that are folded into the weights; call unfold() first")
+    runs.check_pipeline(mixture.pipeline)
+    return mixture.pipeline
+
+
+def _stays_on_cpu(pipe: Any) -> bool:
+    return not torch.cuda.is_available() and pipe.device.type == "cpu"
+
+
+def _slope(warmup: int, steps: int) -> Any:
+    def at(step: int) -> float:
+        return (step + 1) / (warmup + 1) if step < warmup else max(0.0, (steps - step) / max(1, steps - warmup))
+
+    return at
+
+
+def _draws(seed: int, step: int, rows: int, items: int) -> Iterator[Draw]:
+    """The rows of one step. The data goes round in a new order each time."""
+    batch = random.Random(f"{seed} {step}").getrandbits(60)
+    for n in range(step * rows, (step + 1) * rows):
+        order = random.Random(f"{seed} order {n // items}").sample(range(items), items)
+        yield Draw(random.Random(f"{seed} row {n}").getrandbits(60), batch, order[n % items])
+
+
+def _pass(mixture: Mixture, lesson: Lesson, draws: Sequence[Draw], accelerator: Any) -> tuple[Tensor, Tensor]:
+    """The task loss of this process's rows, and each expert's mean share over all sites, rows and processes."""
+    sites = [site for site in mixture.sites if site.gate is not None]
+    for site in sites:
+        site.clear()
+    task = lesson.loss(draws)
+    shares = torch.stack([gates.site_shares(site).to(task.device) for site in sites if site.current is not None])
+    mine = shares.mean(0)
+    # Of all processes in value, of this one in gradient: the mean of the gradients is then the whole batch's.
+    return task, mine + (accelerator.reduce(mine.detach().clone(), "mean") - mine.detach())
+
+
+def _average(parameters: Sequence[nn.Parameter], accelerator: Any) -> None:
+    """Gradients of all processes; the gates are small, so one message holds them."""
+    if accelerator.num_processes == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    flat = accelerator.reduce(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]), "mean")
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter).clone()
+
+
+@torch.no_grad()
+def _log(mixture: Mixture, task: Tensor, shares: Tensor, norm: Tensor | None) -> dict[str, float]:
+    sites = [site for site in mixture.sites if site.gate is not None and site.current is not None]
+    entropy = sum(float(gates.entropy(site)) for site in sites) / len(sites)
+    return {
+        "task_loss": float(task),
+        "balance_loss": float(balance_loss(shares)),
+        "entropy": entropy,
+        "gradient": float(norm) if norm is not None else 0.0,
+        **{f"load/{name}": float(share) for name, share in zip(mixture.experts, shares, strict=True)},
+    }
+
+
+def _sample(pipe: Any, lesson: Lesson, objective: ClipGuidance | Denoising, path: Path) -> None:
+    """Pictures of the first prompts, always from the same noise, beside each other."""
+    from PIL import Image
+
+    prompts = list(dict.fromkeys(lesson.prompts))[:_SHOWN]
+    call = {"num_inference_steps": getattr(objective, "steps", 20)} | dict(objective.call)
+    guidance = getattr(objective, "guidance", None)
+    call |= {} if guidance is None else {"guidance_scale": guidance}
+    images = [pipe(p, generator=torch.Generator().manual_seed(n), **call).images[0] for n, p in enumerate(prompts)]
+    sheet = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)))
+    left = 0
+    for image in images:
+        sheet.paste(image, (left, 0))
+        left += image.width
+    with atomic_path(path) as place:
+        sheet.save(place, format="PNG")

@@ -1,0 +1,119 @@
+"""Runs of training: what they learn, that they go on after an interruption, and what they refuse."""
+
+from __future__ import annotations
+
+import pipes
+from pathlib import Path
+from typing import Any
+
+import image_lessons as lessons
+import pytest
+import torch
+from torch.testing import assert_close
+
+import loraweave as lw
+from loraweave.integrations import diffusers_training as runs
+from loraweave.training.images import checkpoints
+from loraweave.training.images import train as training
+from loraweave.training.images.objectives import Draw, _Guided
+
+
+@pytest.mark.parametrize("mine", ["hero", "coat"])
+def test_the_expert_whose_picture_it_is_gains_weight(
+    mine: str, taught: Any, attach: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pipe, _ = taught("sd15")
+    # So weak that pictures between the experts' lie between them.
+    chosen = {p: m for p, m in pipes.targets(pipe, ("to_q", "to_v")).items() if p.startswith("unet")}
+    files = {}
+    for n, name in enumerate(("hero", "coat")):
+        pairs = {path: (a, 0.05 * b) for path, (a, b) in pipes.factors(chosen, n, rank=2).items()}
+        files[name] = pipes.write(tmp_path / f"{name}.safetensors", pairs)
+    mixture = attach(pipe, files, lw.MoLE(granularity="network"))
+    start, call = torch.Generator().manual_seed(0), lessons.SIZE | {"num_inference_steps": 2, "guidance_scale": 1.0}
+    scheduler = runs.scheduler_named(pipe, None)
+    with mixture.only(mine):
+        picture = runs.estimated_pictures(pipe, scheduler, ["a"], until=0.0, generators=[start], call=call)[0]
+    shown = [(picture.detach().permute(1, 2, 0) * 255).round().byte().numpy()]
+    # From the noise of the picture, so that the loss is 0 just where this expert is alone.
+    monkeypatch.setattr(training, "_draws", lambda *_: [Draw(0, 0, 0)])
+    whole = dict.fromkeys(("hero", "coat"), (0.0, 0.0, 1.0, 1.0))
+    options = lessons.guidance(
+        concepts=dict.fromkeys(whole, shown), boxes=whole, steps=2, when=(0.0, 0.0), guidance=1.0, global_weight=0.0
+    )
+    result = lessons.train(mixture, ["a"], options, steps=10, learning_rate=0.1, balance=0.0)
+    first, last = result.history[0], result.history[-1]
+    assert first[f"load/{mine}"] == pytest.approx(0.5, abs=0.02)
+    assert last[f"load/{mine}"] > 0.95
+    assert last["task_loss"] < 0.2 * first["task_loss"]
+    assert result.steps == 10
+
+
+def test_checkpointing_and_no_checkpointing_learn_the_same(taught: Any, attach: Any) -> None:
+    pipe, files = taught("sd15")
+    found = []
+    for checkpointing in (False, True):
+        mixture = attach(pipe, files, lw.MoLE())
+        lessons.train(mixture, steps=2, gradient_checkpointing=checkpointing)
+        found.append(lessons.gates(mixture))
+        mixture.detach()
+        assert not pipe.unet.is_gradient_checkpointing
+    for name, gate in found[0].items():
+        assert_close(found[1][name], gate, atol=1e-5, rtol=1e-4)
+
+
+def test_an_interrupted_run_goes_on_where_it_was(
+    taught: Any, attach: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, files = taught("sd15")
+    mixture = attach(pipe, files, lw.MoLE())
+    whole = lessons.train(mixture, steps=4, output_dir=tmp_path / "whole", sample_every=4)
+    expected = lessons.gates(mixture)
+    assert (tmp_path / "whole" / "samples" / "step-000004.png").is_file()
+    assert [step for step, _ in checkpoints.whole(tmp_path / "whole")] == [3, 4]
+    mixture.policy = lw.MoLE()
+    original, calls = _Guided.loss, []
+
+    def loss(self: Any, draws: Any) -> Any:
+        calls.append(draws)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(self, draws)
+
+    monkeypatch.setattr(_Guided, "loss", loss)
+    with pytest.raises(KeyboardInterrupt):
+        lessons.train(mixture, steps=4, output_dir=tmp_path / "cut", save_every=4)
+    assert [step for step, _ in checkpoints.whole(tmp_path / "cut")] == [2]
+    mixture.policy = lw.MoLE()
+    again = lessons.train(mixture, steps=4, output_dir=tmp_path / "cut", resume=True)
+    assert again.history == whole.history
+    assert all(torch.equal(gate, expected[name]) for name, gate in lessons.gates(mixture).items())
+    with pytest.raises(lw.LoraweaveError, match="this run had seed=0, got 1"):
+        lessons.train(mixture, steps=4, output_dir=tmp_path / "cut", resume=True, seed=1)
+
+
+def test_bad_input_is_one_line(taught: Any, attach: Any, tmp_path: Path) -> None:
+    pipe, files = taught("sd15")
+    mixture = attach(pipe, files, lw.MoLE())
+    (tmp_path / "empty").mkdir()
+    cases: list[tuple[Any, Any, str]] = [
+        ([" "], lessons.guidance(), "prompts: expected a list of texts"),
+        (["hero"], lessons.guidance(concepts={}), "concepts: none for expert 'hero'"),
+        (["hero"], lessons.guidance(concepts={"heor": "x"}), "unknown expert 'heor'; did you mean 'hero'"),
+        (["hero"], lw.ClipGuidance(str(tmp_path), {"hero": "a", "coat": "b"}), "no CLIP model of transformers there"),
+        (["hero"], lessons.guidance(scheduler="DDPMSchedule"), "did you mean 'DDPMScheduler'"),
+        ([("none.png", "hero")], lw.Denoising(), "cannot be read as a picture"),
+        ({"hero": str(tmp_path / "empty")}, lw.Denoising(), "holds none"),
+        ({"hero": str(tmp_path / "nowhere")}, lw.Denoising(), "no such folder"),
+    ]
+    for data, objective, message in cases:
+        with pytest.raises(lw.LoraweaveError, match=message) as caught:
+            lessons.train(mixture, data, objective)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(lw.LoraweaveError, match=r"use lw\.train_images"):
+        lw.train(mixture, [{"input": "a", "target": "b"}])
+    mixture.policy = lw.Sum()
+    with pytest.raises(lw.LoraweaveError, match="nothing to train: a 'sum' policy"):
+        lessons.train(mixture)
+    with pytest.raises(lw.LoraweaveError, match="two rising numbers"):
+        lessons.guidance(when=(0.9, 0.3))
