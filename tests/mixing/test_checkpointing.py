@@ -18,6 +18,8 @@ POLICIES = {
     "layer": lw.MoLE("layer", pooling="mean"),
     "network": lw.MoLE("network", pooling="mean"),
     "topk": lw.MoLE(activation="topk", pooling="mean", k=1, scale=1.0),
+    "topk network": lw.MoLE("network", activation="topk", pooling="mean", k=1),
+    "topk ahead": lw.MoLE(activation="topk", pooling="prompt", k=1),
     "outputs": lw.MoLE(mix="outputs", evidence="outputs", gate_form="full"),
 }
 
@@ -29,9 +31,10 @@ def gradients(mixture: Mixture, inputs: dict[str, Tensor]) -> tuple[Tensor, dict
     return loss.detach(), {n: p.grad.clone() for n, p in mixture.gate_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("lengths", [(5, 3), (40, 31)])  # the longer ones fetch only the rank rows that are used
 @pytest.mark.parametrize("architecture", ["t5", "llama"])
-def test_gradients_with_and_without_checkpointing(architecture: str) -> None:
-    mixture, inputs = tiny.attached(architecture, lw.Sum(), torch.float64), tiny.batch(architecture)
+def test_gradients_with_and_without_checkpointing(architecture: str, lengths: tuple[int, ...]) -> None:
+    mixture, inputs = tiny.attached(architecture, lw.Sum(), torch.float64), tiny.batch(architecture, lengths)
     inputs["labels"] = inputs.pop("decoder_input_ids") if architecture == "t5" else inputs["input_ids"]
     mixture.model.train()
     for name, policy in POLICIES.items():

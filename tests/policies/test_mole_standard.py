@@ -118,3 +118,13 @@ def test_packed_parameters_follow_every_change() -> None:
     mixture.model.train()
     mixture.model.eval()
     assert torch.equal(logits(), first)
+
+
+def test_a_failure_while_measuring_leaves_nothing_behind() -> None:
+    mixture = tiny.attached("t5", lw.MoLE())
+    mixture.model.register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train(mixture)
+    gates: list[Any] = [gate for gate in mixture.gates.values() if gate.standard is not None]
+    assert gates
+    assert not any(gate.standard.measuring or gate.standard.measured for gate in gates)

@@ -233,7 +233,9 @@ class Site:
             rows, scales = bank.layout.padded_rows(bank.A)
             index, values = weights.index[:, 0].to(rows.device), weights.values[:, 0].to(rows.device)
             w = (scales[index] * values.unsqueeze(-1).to(bank.A.dtype)).flatten(1).unsqueeze(1)
-            found = self._picked[key] = rows[index].flatten(1), w
+            found = rows[index].flatten(1), w
+            if not torch.is_grad_enabled():  # a checkpointed block that runs again must find what it found before
+                self._picked[key] = found
         return found
 
     def _weights(self) -> Weights:

@@ -52,10 +52,14 @@ class Standard(nn.Module):
         assert self._sums is not None
         return self._sums
 
+    def stop(self) -> None:
+        """Add up no more, and forget the sums."""
+        self._sums = None
+
     @torch.no_grad()
     def finish(self, sums: Tensor) -> None:
         """Take mean and standard deviation from :meth:`sums`."""
-        self._sums = None
+        self.stop()
         count, total, squares = sums
         if count[0] < 2:
             return

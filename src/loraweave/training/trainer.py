@@ -96,19 +96,23 @@ class GateTrainer(Trainer):
         standards = [module for gate in self.mixture.gates.values() for module in _standards(gate)]
         if not standards:
             return
-        for standard in standards:
-            standard.start()
         was_training = self.model.training
         self.model.eval()
-        # The order of the data in training proper shall not hang on this.
-        with torch.random.fork_rng(devices=[]):
-            for batch in islice(self.get_train_dataloader(), MEASURED_BATCHES):
-                inputs = self._prepare_inputs(batch)
-                with self.compute_loss_context_manager(), self._prompt(inputs):
-                    self.model(**inputs)
-        self.model.train(was_training)
-        for standard in standards:
-            standard.finish(self.accelerator.reduce(standard.sums(), "sum"))
+        try:
+            for standard in standards:
+                standard.start()
+            # The order of the data in training proper shall not hang on this.
+            with torch.random.fork_rng(devices=[]):
+                for batch in islice(self.get_train_dataloader(), MEASURED_BATCHES):
+                    inputs = self._prepare_inputs(batch)
+                    with self.compute_loss_context_manager(), self._prompt(inputs):
+                        self.model(**inputs)
+            for standard in standards:
+                standard.finish(self.accelerator.reduce(standard.sums(), "sum"))
+        finally:
+            self.model.train(was_training)
+            for standard in standards:
+                standard.stop()
 
     def _prompt(self, inputs: Mapping[str, Any]) -> AbstractContextManager[Any]:
         """Where the trainer takes the labels away (label smoothing), gates must be told what the prompt is."""

@@ -1,4 +1,4 @@
-"""Teaches gates by both objectives, alone or as one of several processes; writes them. Run by test_gate_processes.py."""
+"""Teaches gates by both objectives, alone or as one of several processes, and writes them (test_gate_processes.py)."""
 
 from __future__ import annotations
 
