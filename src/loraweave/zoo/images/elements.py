@@ -220,6 +220,10 @@ def by_layer(elements: tuple[Element, ...] = BASE) -> dict[str, tuple[Element, .
     return {layer: tuple(e for e in elements if e.layer == layer) for layer in LAYERS}
 
 
+def _with_article(words: str) -> str:
+    return ("an " if words[0] in "aeiou" else "a ") + words
+
+
 def caption(elements: dict[str, Element], style: str | None = None) -> str:
     """The sentence for one picture, e.g. ``a human in a red robe and a blue cloak, with a torch, on grass``.
 
@@ -228,9 +232,9 @@ def caption(elements: dict[str, Element], style: str | None = None) -> str:
         style: words of a style, put first.
     """
     words = {layer: element.words for layer, element in elements.items()}
-    text = "a " + words["character"]
-    worn = [f"a {words[layer]}" for layer in ("clothing", "cloak", "head") if layer in words]
-    held = [f"a {words[layer]}" for layer in ("hand1", "hand2") if layer in words]
+    text = _with_article(words["character"])
+    worn = [_with_article(words[layer]) for layer in ("clothing", "cloak", "head") if layer in words]
+    held = [_with_article(words[layer]) for layer in ("hand1", "hand2") if layer in words]
     if worn:
         text += " in " + " and ".join(worn)
     if held:
