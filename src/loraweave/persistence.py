@@ -76,11 +76,10 @@ def describe(mixture: Mixture) -> dict[str, Any]:
 
     model = mixture.model
     name = getattr(model, "name_or_path", "") or None
-    bundled = name is not None and Path(name) == Path(zoo.__file__).parent / "weights" / "base"
     return {
         "format": FORMAT,
         "loraweave": __version__,
-        "base": {"id": "zoo" if bundled else name, "class": type(mixture.pipeline or model).__name__},
+        "base": {"id": zoo.name_of(name), "class": type(mixture.pipeline or model).__name__},
         "method": registry.to_dict(mixture.policy),
         "blocks": None if mixture.blocks is None else list(mixture.blocks),
         "experts": [],
@@ -379,10 +378,10 @@ def _load_base(base: Mapping[str, Any], place: Path) -> Any:
 
 def load_model(name: str, kind: Any) -> nn.Module:
     """A base model by folder, hub id or ``zoo``; ``kind`` is a transformers class with ``from_pretrained``."""
-    from loraweave.zoo import base_path
+    from loraweave import zoo
 
     try:
-        model: nn.Module = kind.from_pretrained(str(base_path()) if name == "zoo" else name)
+        model: nn.Module = kind.from_pretrained(zoo.local(name))
         if not torch.cuda.is_available() and model.dtype == torch.float16:
             # Half precision is for storage here: processors compute in it many times more slowly than in fp32.
             model = model.float()

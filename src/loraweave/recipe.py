@@ -8,7 +8,8 @@ data: {train: train.jsonl, test: test.jsonl, metric: exact_match}
 train: {steps: 800, learning_rate: 1.0e-2, batch_size: 12, seed: 0}
 ```
 
-Paths are relative to the recipe's folder. ``zoo`` is the bundled base, ``zoo:NAME`` a bundled expert or generated task.
+Paths are relative to the recipe's folder. ``zoo`` is the bundled base, ``zoo:NAME`` a bundled expert or generated task;
+``zoo:images`` is the bundled image pipeline, ``zoo:images/NAME`` a LoRA or CLIP for it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 ZOO = "zoo"
 ZOO_PREFIX = "zoo:"
+ZOO_IMAGES = "zoo:images"
 
 
 class _Part(BaseModel):
@@ -187,8 +189,8 @@ class Generation(_Part):
 class Recipe(_Part):
     """Everything from which a mixture is built, trained and judged."""
 
-    base: str = Field(description="folder or hub id of the base model, or 'zoo'")
-    experts: dict[str, str] = Field(description="name -> PEFT folder, hub id or zoo:NAME; or a list; or 'zoo'")
+    base: str = Field(description="folder or hub id of the base model, or 'zoo', or 'zoo:images'")
+    experts: dict[str, str] = Field(description="name -> PEFT folder, hub id or zoo:NAME; or a list; or all of 'zoo'")
     merged: dict[str, Merge] = Field(default={}, description="name -> one more expert, made by merging others")
     method: Method = Field(default_factory=Method, description="how to mix")
     compare: dict[str, Contender] = Field(
@@ -210,6 +212,10 @@ class Recipe(_Part):
             from loraweave import zoo
 
             return {name: ZOO_PREFIX + name for name in zoo.experts()}
+        if experts == ZOO_IMAGES:
+            from loraweave.zoo import images
+
+            return {name: f"{ZOO_IMAGES}/{name}" for name in images.loras()}
         if isinstance(experts, list | tuple) and all(isinstance(source, str) for source in experts):
             named = {source.rstrip("/").split("/")[-1].split(":")[-1]: source for source in experts}
             if len(named) < len(experts):
@@ -220,13 +226,10 @@ class Recipe(_Part):
     @field_validator("experts")
     @classmethod
     def _some(cls, experts: dict[str, str]) -> dict[str, str]:
-        bundled = [s.removeprefix(ZOO_PREFIX) for s in experts.values() if s.startswith(ZOO_PREFIX)]
-        if bundled:
-            from loraweave import zoo
+        from loraweave import zoo
 
-            for source in bundled:
-                if source not in zoo.experts():
-                    raise unknown("bundled expert", source, zoo.experts())
+        for source in experts.values():
+            zoo.local(source)  # raises for a bundled one that there is not
         return experts
 
     @field_validator("method", mode="before")

@@ -143,6 +143,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
             print(f"distance {distance:.4f}", flush=True)
             pipe.save_pretrained(args.work / "base")
             record = {"steps": step, "pictures": step * BATCH * args.workers, "seconds": round(spent), "seed": SEED}
+            record |= {"distance": round(distance, 4)}
             (args.work / "base.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()

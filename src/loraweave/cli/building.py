@@ -79,7 +79,7 @@ def load_base(name: str) -> tuple[Any, Any]:
     if name == ZOO or not sys.stderr.isatty():
         # A bar for each file that is read is worth it for large models, and for people.
         logging.disable_progress_bar()
-    place = str(zoo.base_path()) if name == ZOO else name
+    place = zoo.local(name)
     if Path(place).is_dir():
         # A saved mixture remembers where its base is, and may be loaded from elsewhere.
         place = str(Path(place).resolve())

@@ -22,12 +22,13 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from loraweave import zoo
     from loraweave.experts.inspection import inspect
 
     reports, problems = [], []
     for path in options.paths:
         try:
-            report = inspect(_place(path), local_files_only=options.offline)
+            report = inspect(zoo.local(path), local_files_only=options.offline)
         except LoraweaveError as error:
             problems.append(str(error))
         else:
@@ -39,15 +40,6 @@ def _run(options: argparse.Namespace) -> None:
         _show(reports)
     if problems:
         raise LoraweaveError("\n".join(problems))
-
-
-def _place(path: str) -> str:
-    if not path.startswith("zoo:"):
-        return path
-    from loraweave import zoo
-
-    name = path.removeprefix("zoo:")
-    return str(zoo.experts([name])[name])
 
 
 def _show(reports: Sequence[ExpertReport]) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from loraweave import zoo
 from loraweave.errors import LoraweaveError, unknown
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Clip:
     """A CLIP model of transformers (CLIP, SigLIP and others with text and image features).
 
     Args:
-        source: folder or hub id; it must hold processor and tokenizer too.
+        source: folder or hub id, with processor and tokenizer; or a bundled one (``zoo:images/clip-metrics``).
         device: default: the GPU if there is one.
         batch_size: pictures or texts at once.
 
@@ -53,7 +54,7 @@ class Clip:
         from transformers import AutoTokenizer
 
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(source)
+            self._tokenizer = AutoTokenizer.from_pretrained(zoo.local(source))
         except (OSError, ValueError) as error:
             raise LoraweaveError(f"CLIP model {source!r}: it has no tokenizer ({_first(error)})") from error
         if not (hasattr(self._model, "get_text_features") and hasattr(self._model, "get_image_features")):
@@ -220,8 +221,9 @@ def _load(source: str, kind: str, device: str | None) -> tuple[Any, Any]:
     import transformers
 
     try:
-        model = getattr(transformers, kind).from_pretrained(source, dtype=torch.float32)
-        processor = transformers.AutoImageProcessor.from_pretrained(source)
+        place = zoo.local(source)
+        model = getattr(transformers, kind).from_pretrained(place, dtype=torch.float32)
+        processor = transformers.AutoImageProcessor.from_pretrained(place)
     except (OSError, ValueError) as error:
         raise LoraweaveError(
             f"model {source!r}: not found, or not a vision model of transformers with its processor ({_first(error)})"

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from loraweave.errors import LoraweaveError, unknown
+from loraweave.errors import LoraweaveError
 from loraweave.experts.types import Expert
 
 THREADS = 4
@@ -55,15 +55,11 @@ def resolve_expert(source: str | Path | Expert, name: str, read: Reader | None =
         raise LoraweaveError(f"expert name {name!r}: use letters, digits, '_', '-', '.', '+' and spaces")
     if isinstance(source, Expert):
         return dataclasses.replace(source, name=name)
+    from loraweave import zoo
     from loraweave.experts.reader import read_expert
 
-    if isinstance(source, str) and source.startswith("zoo:"):
-        from loraweave import zoo
-
-        bundled = zoo.experts()
-        if source[4:] not in bundled:
-            raise unknown("bundled expert", source[4:], bundled)
-        return dataclasses.replace(read_expert(bundled[source[4:]], name), source=source)
+    if isinstance(source, str) and source.startswith(zoo.PREFIX):
+        return dataclasses.replace((read or read_expert)(zoo.place(source), name), source=source)
     return (read or read_expert)(source, name)
 
 

@@ -60,7 +60,9 @@ class Clip(nn.Module):
 
 
 def load_clip(source: Any) -> Clip:
-    """A :class:`Clip`, or the one in a folder or on the hub; only safetensors are read.
+    """A :class:`Clip`, or the one in a folder, on the hub or bundled (``zoo:images/clip-objective``).
+
+    Only safetensors are read.
 
     Raises:
         LoraweaveError: there is no CLIP model, or no tokenizer beside it.
@@ -72,6 +74,9 @@ def load_clip(source: Any) -> Clip:
     from transformers import AutoConfig, AutoTokenizer, CLIPModel
     from transformers.image_processing_base import ImageProcessingMixin
 
+    from loraweave import zoo
+
+    source = zoo.local(str(source))
     try:
         config = AutoConfig.from_pretrained(source)
         kind = getattr(config, "model_type", None)

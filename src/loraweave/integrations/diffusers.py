@@ -53,19 +53,21 @@ def is_pipeline(model: Any) -> bool:
 
 
 def load_pipeline(name: str, kind: str) -> Any:
-    """A pipeline by its class and its folder or hub id; only safetensors are read.
+    """A pipeline by its class and its folder or hub id, or ``zoo:images``; only safetensors are read.
 
     Raises:
         LoraweaveError: there is no such class, or it cannot be loaded.
     """
     import diffusers
 
+    from loraweave import zoo
+
     found = getattr(diffusers, kind, None)
     if not (isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)):
         raise LoraweaveError(f"{kind!r} is no pipeline class of diffusers {diffusers.__version__}; pass model=")
     pipeline: Any = found
     try:
-        return pipeline.from_pretrained(name, use_safetensors=True)
+        return pipeline.from_pretrained(zoo.local(name), use_safetensors=True)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise LoraweaveError(f"pipeline {name!r}: cannot be loaded ({first})") from error

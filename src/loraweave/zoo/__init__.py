@@ -1,5 +1,7 @@
 """A small model and a set of LoRAs that come with the package, and endless generated tasks for them.
 
+The image pipeline and its LoRAs are in :mod:`loraweave.zoo.images`.
+
 >>> from loraweave import zoo
 >>> model, tokenizer = zoo.load_base()
 >>> mixture = lw.attach(model, zoo.experts(), lw.MoLE())
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraweave.errors import LoraweaveError, unknown
-from loraweave.zoo import tasks
+from loraweave.zoo import images, tasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, T5ForConditionalGeneration
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 _HERE = Path(__file__).parent
 BASE = "loraweave-zoo-t5"
 """The name that the bundled LoRAs give as their base."""
+PREFIX = "zoo:"
+"""What the names of bundled things begin with in recipes and on the command line."""
 
 
 def base_path() -> Path:
@@ -46,6 +50,34 @@ def experts(names: Iterable[str] | None = None) -> dict[str, Path]:
         if name not in known:
             raise unknown("bundled LoRA", name, known)
     return {name: _present(_HERE / "weights" / "loras" / name) for name in chosen}
+
+
+def place(source: str) -> Path:
+    """Where something bundled lies that recipes call ``zoo`` (the model), ``zoo:NAME`` (a LoRA), ``zoo:images`` (the
+    image pipeline) or ``zoo:images/NAME`` (a LoRA or CLIP for it).
+
+    Raises:
+        LoraweaveError: there is nothing of that name.
+    """
+    name = source.removeprefix(PREFIX)
+    if source == "zoo":
+        return base_path()
+    if name == "images":
+        return images.base_path()
+    if name.startswith("images/"):
+        return images.place(name.removeprefix("images/"))
+    return experts([name])[name]
+
+
+def local(source: str) -> str:
+    """``source``, or where it lies if it is something bundled (``zoo``, ``zoo:...``); raises as :func:`place`."""
+    return str(place(source)) if source == "zoo" or source.startswith(PREFIX) else source
+
+
+def name_of(base: str | None) -> str | None:
+    """``zoo`` or ``zoo:images`` if ``base`` is the folder of a bundled base, else ``base`` itself."""
+    bundled = {_HERE / "weights" / "base": "zoo", _HERE / "images" / "weights" / "base": "zoo:images"}
+    return base if base is None else bundled.get(Path(base), base)
 
 
 def skills() -> dict[str, dict[str, Any]]:
@@ -89,4 +121,18 @@ def _present(path: Path) -> Path:
     return path
 
 
-__all__ = ["BASE", "base_path", "card", "experts", "generated", "load_base", "skills", "tasks"]
+__all__ = [
+    "BASE",
+    "PREFIX",
+    "base_path",
+    "card",
+    "experts",
+    "generated",
+    "images",
+    "load_base",
+    "local",
+    "name_of",
+    "place",
+    "skills",
+    "tasks",
+]
