@@ -19,6 +19,7 @@ from loraweave.files import atomic_path, write_json_atomic
 from loraweave.mixture import Mixture, attach
 from loraweave.policies import Composite, Sum, Switch, registry
 from loraweave.recipe import Method, Recipe
+from loraweave.reporting.sheets import contact_sheet
 from loraweave.training.learn import learns
 
 BARE = "bare"
@@ -63,7 +64,8 @@ def paint(recipe: Recipe, options: argparse.Namespace) -> None:
             entries.append({"method": label, "seed": seed, "file": name, "seconds": round(seconds, 3)})
             print(f"{out / name}: {seconds:.1f} s", flush=True)
     with atomic_path(out / _SHEET) as path:
-        sheet(pictures, list(methods), options.seed).save(path, format="PNG")
+        rows = [[pictures[label, seed] for label in methods] for seed in options.seed]
+        contact_sheet(rows, list(methods), [f"#{seed}" for seed in options.seed]).save(path, format="PNG")
     write_json_atomic(out / _FILE, described(recipe, options, mixture, methods) | {"pictures": entries})
     print(out / _SHEET)
 
@@ -134,22 +136,6 @@ def one(pipe: Any, options: argparse.Namespace, seed: int) -> Any:
     if options.size is not None:
         call["width"], call["height"] = options.size
     return pipe(**call, generator=torch.Generator().manual_seed(seed)).images[0]
-
-
-def sheet(pictures: dict[tuple[str, int], Any], labels: list[str], seeds: list[int]) -> Any:
-    """All pictures on one: a column for each method, a row for each seed."""
-    from PIL import Image, ImageDraw
-
-    width, height = next(iter(pictures.values())).size
-    width, top, gap = max(width, 96), 16, 4
-    whole = Image.new("RGB", (len(labels) * (width + gap), len(seeds) * (height + top + gap)), "white")
-    draw = ImageDraw.Draw(whole)
-    for column, label in enumerate(labels):
-        for row, seed in enumerate(seeds):
-            x, y = column * (width + gap), row * (height + top + gap)
-            draw.text((x + 2, y + 2), f"{label} #{seed}", fill="black")
-            whole.paste(pictures[label, seed], (x, y + top))
-    return whole
 
 
 def described(recipe: Recipe, options: argparse.Namespace, mixture: Mixture, methods: dict[str, Way]) -> dict[str, Any]:

@@ -1,0 +1,207 @@
+"""Composes 2 to 5 LoRAs of the bundled image zoo by every method, and measures the pictures against exact references.
+
+    python benchmarks/images/run.py --data DATA -o out/images
+    python benchmarks/images/run.py --data DATA -o out/images --methods nla mole --seeds 0 --compositions 2
+
+``DATA`` holds the tiles (see README.md). Every method paints the same compositions from the same noise. A cell (method,
+seed) that is there already is not made again; ``--commit NAME`` writes the tables to ``results/NAME.json`` and ``.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import loraweave as lw
+from loraweave.evaluation.bootstrap import resampled
+from loraweave.evaluation.compositions import MEASURES, CompositionJudge
+from loraweave.evaluation.environment import environment
+from loraweave.files import atomic_path, write_json_atomic, write_text_atomic
+from loraweave.reporting.sheets import contact_sheet
+from loraweave.zoo import images
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "zoo" / "images"))
+from draw import Tiles
+
+RESULTS = Path(__file__).parent / "results"
+SIZES = (2, 3, 4, 5)
+TRAIN_SEED, TEST_SEED = 7, 1
+"""Of the compositions whose prompts gates learn from, and of those that are painted."""
+TRAIN_PROMPTS = 60  # of each size
+STEPS, BATCH = 100, 4
+METHODS: dict[str, Any] = {
+    "bare": lw.Sum(0.0),
+    "merge": lw.Sum(),
+    "nla": lw.Linear(),
+    "switch": lw.Switch(),
+    "composite": lw.Composite(),
+    "mole": lw.MoLE(),
+    "mole_sum": lw.MoLE(scale="experts"),
+    "mole_token": lw.MoLE(pooling="token"),
+    "mole_token_sum": lw.MoLE(pooling="token", scale="experts"),
+    "mole_sigmoid": lw.MoLE(activation="sigmoid"),
+    "mole_token_sigmoid": lw.MoLE(pooling="token", activation="sigmoid"),
+    "mole_paper": lw.MoLE.paper(),
+}
+DISTANCES = ("distance", "element_distance")
+NAMES = [*images.HELD_OUT]
+
+
+def train_gates(mixture: lw.Mixture, seed: int, steps: int) -> dict[str, Any]:
+    """Gates over all subject LoRAs, by CLIP's judgement of compositions of 2 to 5."""
+    prompts = [c.prompt for size in SIZES for c in images.compositions(TRAIN_PROMPTS, size, seed=TRAIN_SEED)]
+    words = {name: images.HELD_OUT[name].words for name in mixture.experts}
+    guidance = lw.ClipGuidance("zoo:images/clip-objective", words, guidance=images.GUIDANCE)
+    done = lw.train_images(mixture, prompts, guidance, steps=steps, batch_size=BATCH, seed=seed, progress=False)
+    return {"steps": steps, "batch_size": BATCH, "seconds": round(done.seconds, 1), "loss": round(done.loss, 4)}
+
+
+def distances(tiles: Tiles, one: images.Composition, pictures: list[Any]) -> list[dict[str, float]]:
+    """Mean squared distance to the exact picture (pixels in 0 to 1): whole, and where the LoRAs' elements show."""
+    exact = tiles.draw([one.elements])[0] / 2 + 0.5
+    own = {images.HELD_OUT[name].layer for name in one.loras}
+    without = {layer: element for layer, element in one.elements.items() if layer not in own}
+    shown = (tiles.draw([without])[0] / 2 + 0.5 - exact).abs().amax(0) > 0.02
+    found = []
+    for picture in pictures:
+        error = (torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255 - exact).pow(2).mean(0)
+        found.append({"distance": error.mean().item(), "element_distance": error[shown].mean().item()})
+    return found
+
+
+def cell(label: str, seed: int, args: argparse.Namespace, tiles: Tiles, judge: CompositionJudge) -> dict[str, Any]:
+    """Trains where there is something to train, and paints every composition with the noise of one seed."""
+    pipe: Any = images.pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    mixture = lw.attach(pipe, {name: f"zoo:images/{name}" for name in NAMES}, METHODS[label])
+    learned = train_gates(mixture, seed, args.steps) if label.startswith("mole") else None
+    rows, began = [], time.perf_counter()
+    for size in SIZES:
+        for number, one in enumerate(images.compositions(args.compositions, size, seed=TEST_SEED)):
+            noise = torch.Generator().manual_seed(1000 * seed + number)
+            with mixture.only(*one.loras):
+                picture = mixture.pipeline(
+                    one.prompt, generator=noise, num_inference_steps=images.STEPS, guidance_scale=images.GUIDANCE
+                ).images[0]
+            path = args.out / "pictures" / label / f"{size}-{number}-{seed}.png"
+            with atomic_path(path) as open_path:
+                picture.save(open_path, format="PNG")
+            scores = judge.scores(one, [picture])[0] | distances(tiles, one, [picture])[0]
+            rows.append({"size": size, "number": number, "loras": one.loras, **scores})
+    seconds = (time.perf_counter() - began) / len(rows)
+    return {"method": label, "seed": seed, "training": learned, "seconds": round(seconds, 3), "rows": rows}
+
+
+def summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """Per method and size: mean over all pictures, and the spread of the seeds' means."""
+    table: dict[str, Any] = {}
+    for label in dict.fromkeys(c["method"] for c in cells):
+        mine = [c for c in cells if c["method"] == label]
+        table[label] = {"seconds": round(statistics.fmean(c["seconds"] for c in mine), 3)}
+        for size in (*SIZES, "all"):
+            of_seed = [[r for r in c["rows"] if size in ("all", r["size"])] for c in mine]
+            for name in (*MEASURES, *DISTANCES):
+                means = [statistics.fmean(r[name] for r in rows) for rows in of_seed]
+                spread = statistics.stdev(means) if len(means) > 1 else 0.0
+                table[label].setdefault(str(size), {})[name] = [round(statistics.fmean(means), 4), round(spread, 4)]
+    return table
+
+
+def differences(cells: list[dict[str, Any]], pairs: list[tuple[str, str]]) -> dict[str, Any]:
+    """Paired bootstrap of the differences of two methods over seeds and compositions: value, low, high (95 %)."""
+    tables = {}
+    for cell in cells:
+        tables.setdefault(cell["method"], []).append(cell["rows"])
+    found: dict[str, Any] = {}
+    for a, b in pairs:
+        if a in tables and b in tables:
+            for name in MEASURES:
+                first, second = (np.array([[r[name] for r in rows] for rows in tables[label]]) for label in (a, b))
+                found.setdefault(f"{a} - {b}", {})[name] = [round(v, 4) for v in resampled([first - second], [1.0])]
+    return found
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """Tables of every measure: methods down, sizes across."""
+    titles = {
+        "distinct": "Elements shown (share whose own words are the nearest of their layer)",
+        "text": "Text alignment (cosine of picture and prompt)",
+        "image": "Image alignment (mean cosine with exact pictures of each element)",
+        "element_distance": "Squared distance to the exact picture where the elements lie (lower is better)",
+        "distance": "Squared distance to the exact picture (lower is better)",
+    }
+    parts = []
+    for name, title in titles.items():
+        lines = [f"**{title}**", "", "| | N = 2 | 3 | 4 | 5 | all |", "|---|---:|---:|---:|---:|---:|"]
+        for label, row in results["summary"].items():
+            figures = [f"{row[str(size)][name][0]:.3f} ± {row[str(size)][name][1]:.3f}" for size in (*SIZES, "all")]
+            lines.append(f"| {label} | " + " | ".join(figures) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    """Makes the cells that are missing, then the tables and a sheet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the real data sets")
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--compositions", type=int, default=12, help="of each size")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of training gates")
+    parser.add_argument("--commit", metavar="NAME", help="also keep the figures under results/")
+    args = parser.parse_args()
+    tiles, judge, cells = Tiles(args.data), CompositionJudge(), []
+    for seed in args.seeds:
+        for label in args.methods:
+            path = args.out / "cells" / f"{label}-{seed}.json"
+            settings = {"compositions": args.compositions, "steps": args.steps}
+            made = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+            if made is None or made["settings"] != settings:
+                made = cell(label, seed, args, tiles, judge) | {"settings": settings}
+                write_json_atomic(path, made)
+            cells.append(made)
+            names = (*MEASURES, *DISTANCES)
+            means = {name: round(statistics.fmean(row[name] for row in made["rows"]), 4) for name in names}
+            print(label, seed, means, made["training"], made["seconds"], flush=True)
+    pairs = [("mole", "nla"), ("mole", "merge"), ("composite", "merge"), ("mole", "composite")]
+    results = {
+        "summary": summary(cells),
+        "differences": differences(cells, pairs),
+        "seeds": args.seeds,
+        "compositions": args.compositions,
+        "training": next((c["training"] for c in cells if c["training"]), None),
+        **environment(),
+    }
+    write_json_atomic(args.out / "results.json", results)
+    print(markdown(results))
+    sheet(args, [label for label in METHODS if label in args.methods])
+    if args.commit:
+        write_json_atomic(RESULTS / f"{args.commit}.json", results)
+        write_text_atomic(RESULTS / f"{args.commit}.md", markdown(results))
+
+
+def sheet(args: argparse.Namespace, labels: list[str]) -> None:
+    """Two compositions of each size by every method, from the first seed's noise."""
+    from PIL import Image
+
+    rows, captions = [], []
+    for size in SIZES:
+        for number, one in enumerate(images.compositions(min(2, args.compositions), size, seed=TEST_SEED)):
+            files = [args.out / "pictures" / label / f"{size}-{number}-{args.seeds[0]}.png" for label in labels]
+            rows.append([Image.open(file) for file in files])
+            captions.append(f"{size}: {' + '.join(one.loras)}")
+    with atomic_path(args.out / "sheet.png") as path:
+        contact_sheet(rows, labels, captions, 3).save(path, format="PNG")
+
+
+if __name__ == "__main__":
+    main()
