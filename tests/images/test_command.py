@@ -31,7 +31,7 @@ def test_pictures_sheet_and_settings(recipe: Path, tmp_path: Path, capsys: pytes
     assert main(["image", str(recipe), *arguments, *methods]) == 0
     said = capsys.readouterr().out
     assert "composite: the denoiser on 3 times the rows" in said
-    assert Image.open(tmp_path / "sheet.png").size == (4 * 100, 2 * 36)
+    assert Image.open(tmp_path / "sheet.png").size == (4 * 62, 16 + 2 * 36)
     told = json.loads((tmp_path / "image.json").read_text())
     assert told["methods"]["switch"] == {"name": "switch", "every": 1, "order": None, "start": 0.0, "stop": 1.0}
     assert (told["methods"]["bare"], told["methods"]["merge"]["name"]) == (None, "sum")

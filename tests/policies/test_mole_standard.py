@@ -14,7 +14,7 @@ from torch.testing import assert_close
 import loraweave as lw
 import tiny
 from loraweave.policies.mole_standard import FLOOR, Standard
-from loraweave.training.trainer import MEASURED_BATCHES
+from loraweave.training.standards import MEASURED_BATCHES
 
 
 def test_mean_and_spread_of_vectors_that_the_mask_keeps() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -59,6 +60,7 @@ def load_pipeline(name: str, kind: str) -> Any:
         LoraweaveError: there is no such class, or it cannot be loaded.
     """
     import diffusers
+    import transformers
 
     from loraweave import zoo
 
@@ -66,8 +68,13 @@ def load_pipeline(name: str, kind: str) -> Any:
     if not (isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)):
         raise LoraweaveError(f"{kind!r} is no pipeline class of diffusers {diffusers.__version__}; pass model=")
     pipeline: Any = found
+    if name.startswith(zoo.PREFIX) or not sys.stderr.isatty():
+        # A bar for each file that is read is worth it for large models, and for people.
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
     try:
-        return pipeline.from_pretrained(zoo.local(name), use_safetensors=True)
+        # diffusers reads its own models in fp32, but leaves those of transformers as they were saved.
+        return pipeline.from_pretrained(zoo.local(name), use_safetensors=True).to(torch.float32)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise LoraweaveError(f"pipeline {name!r}: cannot be loaded ({first})") from error

@@ -16,11 +16,8 @@ from transformers import Trainer, TrainingArguments
 from loraweave import persistence
 from loraweave.errors import LoraweaveError
 from loraweave.mixture import Mixture
-from loraweave.policies.mole_standard import Standard
 from loraweave.training import objective
-
-MEASURED_BATCHES = 8
-"""How many batches tell gates the mean and spread of what they read."""
+from loraweave.training.standards import MEASURED_BATCHES, measure
 
 
 class GateTrainer(Trainer):
@@ -88,31 +85,21 @@ class GateTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any) -> Any:
         """As in :class:`transformers.Trainer`; gates that read standard scores first measure what they read."""
         if not resume_from_checkpoint:
-            self._measure_evidence()
+            measure(self.mixture, self._measured, self.accelerator)
         return super().train(resume_from_checkpoint, *args, **options)
 
-    @torch.no_grad()
-    def _measure_evidence(self) -> None:
-        standards = [module for gate in self.mixture.gates.values() for module in _standards(gate)]
-        if not standards:
-            return
+    def _measured(self) -> None:
         was_training = self.model.training
         self.model.eval()
         try:
-            for standard in standards:
-                standard.start()
             # The order of the data in training proper shall not hang on this.
             with torch.random.fork_rng(devices=[]):
                 for batch in islice(self.get_train_dataloader(), MEASURED_BATCHES):
                     inputs = self._prepare_inputs(batch)
                     with self.compute_loss_context_manager(), self._prompt(inputs):
                         self.model(**inputs)
-            for standard in standards:
-                standard.finish(self.accelerator.reduce(standard.sums(), "sum"))
         finally:
             self.model.train(was_training)
-            for standard in standards:
-                standard.stop()
 
     def _prompt(self, inputs: Mapping[str, Any]) -> AbstractContextManager[Any]:
         """Where the trainer takes the labels away (label smoothing), gates must be told what the prompt is."""
@@ -139,12 +126,6 @@ class GateTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         persistence.load_gates(self.mixture, str(self.state.best_model_checkpoint))
-
-
-def _standards(gate: nn.Module) -> list[Standard]:
-    """What of a gate is still to be measured."""
-    standard = getattr(gate, "standard", None)
-    return [standard] if isinstance(standard, Standard) and not standard.measured else []
 
 
 @contextmanager

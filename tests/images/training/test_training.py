@@ -13,9 +13,11 @@ from torch.testing import assert_close
 
 import loraweave as lw
 from loraweave.integrations import diffusers_training as runs
+from loraweave.policies.mole_standard import FLOOR, Standard
 from loraweave.training.images import checkpoints
 from loraweave.training.images import train as training
 from loraweave.training.images.objectives import Draw, _Guided
+from loraweave.training.standards import MEASURED_BATCHES
 
 
 @pytest.mark.parametrize("mine", ["hero", "coat"])
@@ -76,7 +78,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
 
     def loss(self: Any, draws: Any) -> Any:
         calls.append(draws)
-        if len(calls) == 3:
+        if len(calls) == MEASURED_BATCHES + 3:
             raise KeyboardInterrupt
         return original(self, draws)
 
@@ -90,6 +92,32 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert all(torch.equal(gate, expected[name]) for name, gate in lessons.gates(mixture).items())
     with pytest.raises(lw.LoraweaveError, match="this run had seed=0, got 1"):
         lessons.train(mixture, steps=4, output_dir=tmp_path / "cut", resume=True, seed=1)
+
+
+def test_gates_first_measure_what_they_read(taught: Any, attach: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, files = taught("sd15")
+    mixture = attach(pipe, files, lw.MoLE())
+    seen: dict[int, list[torch.Tensor]] = {}
+    note = Standard.note
+
+    def watch(self: Standard, v: torch.Tensor, mask: torch.Tensor | None) -> None:
+        seen.setdefault(id(self), []).append(v.flatten(0, 1) if mask is None else v[mask.bool()])
+        note(self, v, mask)
+
+    monkeypatch.setattr(Standard, "note", watch)
+    lessons.train(mixture, steps=1)
+    standards = [gate.standard for gate in mixture.gates.values()]
+    assert len(seen) == len(standards) > 3
+    for standard in standards:
+        vectors = torch.cat(seen[id(standard)]).double()
+        assert len(seen[id(standard)]) >= MEASURED_BATCHES
+        spread = vectors.std(0, correction=0)
+        floor = FLOOR * spread.square().mean().sqrt()
+        assert_close(standard.center.double(), vectors.mean(0), atol=1e-6, rtol=1e-5)
+        assert_close(standard.spread.double(), spread.clamp(min=floor), atol=1e-6, rtol=1e-4)
+    seen.clear()
+    lessons.train(mixture, steps=1)
+    assert not seen
 
 
 def test_bad_input_is_one_line(taught: Any, attach: Any, tmp_path: Path) -> None:

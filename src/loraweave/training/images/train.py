@@ -22,6 +22,7 @@ from loraweave.mixture import Mixture
 from loraweave.training import objective as gates
 from loraweave.training.images import checkpoints
 from loraweave.training.images.objectives import ClipGuidance, Denoising, Draw, Lesson
+from loraweave.training.standards import MEASURED_BATCHES, measure
 from loraweave.training.train import TrainingResult, default_learning_rate
 
 SAMPLES = "samples"
@@ -110,6 +111,15 @@ def train_images(
             schedule.load_state_dict(state["schedule"])
             if accelerator.scaler is not None and state["scaler"]:
                 accelerator.scaler.load_state_dict(state["scaler"])
+        else:
+
+            def look() -> None:
+                for step in range(MEASURED_BATCHES):
+                    draws = list(_draws(seed, step, rows, len(lesson.prompts)))
+                    with accelerator.autocast():
+                        lesson.loss(draws[accelerator.process_index * batch_size :][:batch_size])
+
+            measure(mixture, look, accelerator)
         begun, total = done.step, 0.0
         bar = stack.enter_context(
             tqdm(
