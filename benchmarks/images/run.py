@@ -1,10 +1,11 @@
 """Composes 2 to 5 LoRAs of the bundled image zoo by every method, and measures the pictures against exact references.
 
-    python benchmarks/images/run.py --data DATA -o out/images
-    python benchmarks/images/run.py --data DATA -o out/images --methods nla mole --seeds 0 --compositions 2
+    python benchmarks/images/run.py -o out/images --data DATA
+    python benchmarks/images/run.py -o out/images --methods nla mole --seeds 0 --compositions 2
 
-``DATA`` holds the tiles (see README.md). Every method paints the same compositions from the same noise. A cell (method,
-seed) that is there already is not made again; ``--commit NAME`` writes the tables to ``results/NAME.json`` and ``.md``.
+``DATA`` holds the tiles (see README.md); without it the distances to exact pictures are left out. Every method paints
+the same compositions from the same noise. A cell (method, seed) that is there already is not made again; ``--commit
+NAME`` writes the tables to ``results/NAME.json`` and ``.md``.
 """
 
 from __future__ import annotations
@@ -27,9 +28,6 @@ from loraweave.evaluation.environment import environment
 from loraweave.files import atomic_path, write_json_atomic, write_text_atomic
 from loraweave.reporting.sheets import contact_sheet
 from loraweave.zoo import images
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "zoo" / "images"))
-from draw import Tiles
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = (2, 3, 4, 5)
@@ -55,6 +53,16 @@ DISTANCES = ("distance", "element_distance")
 NAMES = [*images.HELD_OUT]
 
 
+def read_tiles(data: Path | None) -> Any:
+    """What draws exact pictures, from the scripts that made the zoo."""
+    if data is None:
+        return None
+    sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "zoo" / "images"))
+    from draw import Tiles
+
+    return Tiles(data)
+
+
 def train_gates(mixture: lw.Mixture, seed: int, steps: int) -> dict[str, Any]:
     """Gates over all subject LoRAs, by CLIP's judgement of compositions of 2 to 5."""
     prompts = [c.prompt for size in SIZES for c in images.compositions(TRAIN_PROMPTS, size, seed=TRAIN_SEED)]
@@ -64,20 +72,17 @@ def train_gates(mixture: lw.Mixture, seed: int, steps: int) -> dict[str, Any]:
     return {"steps": steps, "batch_size": BATCH, "seconds": round(done.seconds, 1), "loss": round(done.loss, 4)}
 
 
-def distances(tiles: Tiles, one: images.Composition, pictures: list[Any]) -> list[dict[str, float]]:
+def distances(tiles: Any, one: images.Composition, picture: Any) -> dict[str, float]:
     """Mean squared distance to the exact picture (pixels in 0 to 1): whole, and where the LoRAs' elements show."""
     exact = tiles.draw([one.elements])[0] / 2 + 0.5
     own = {images.HELD_OUT[name].layer for name in one.loras}
     without = {layer: element for layer, element in one.elements.items() if layer not in own}
     shown = (tiles.draw([without])[0] / 2 + 0.5 - exact).abs().amax(0) > 0.02
-    found = []
-    for picture in pictures:
-        error = (torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255 - exact).pow(2).mean(0)
-        found.append({"distance": error.mean().item(), "element_distance": error[shown].mean().item()})
-    return found
+    error = (torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255 - exact).pow(2).mean(0)
+    return {"distance": error.mean().item(), "element_distance": error[shown].mean().item()}
 
 
-def cell(label: str, seed: int, args: argparse.Namespace, tiles: Tiles, judge: CompositionJudge) -> dict[str, Any]:
+def cell(label: str, seed: int, args: argparse.Namespace, tiles: Any, judge: CompositionJudge) -> dict[str, Any]:
     """Trains where there is something to train, and paints every composition with the noise of one seed."""
     pipe: Any = images.pipeline()
     pipe.set_progress_bar_config(disable=True)
@@ -94,10 +99,15 @@ def cell(label: str, seed: int, args: argparse.Namespace, tiles: Tiles, judge: C
             path = args.out / "pictures" / label / f"{size}-{number}-{seed}.png"
             with atomic_path(path) as open_path:
                 picture.save(open_path, format="PNG")
-            scores = judge.scores(one, [picture])[0] | distances(tiles, one, [picture])[0]
+            scores = judge.scores(one, [picture])[0] | ({} if tiles is None else distances(tiles, one, picture))
             rows.append({"size": size, "number": number, "loras": one.loras, **scores})
     seconds = (time.perf_counter() - began) / len(rows)
     return {"method": label, "seed": seed, "training": learned, "seconds": round(seconds, 3), "rows": rows}
+
+
+def measured(cells: list[dict[str, Any]]) -> list[str]:
+    """What all cells have, distances among it or not."""
+    return [name for name in (*MEASURES, *DISTANCES) if all(name in row for c in cells for row in c["rows"])]
 
 
 def summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
@@ -108,7 +118,7 @@ def summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
         table[label] = {"seconds": round(statistics.fmean(c["seconds"] for c in mine), 3)}
         for size in (*SIZES, "all"):
             of_seed = [[r for r in c["rows"] if size in ("all", r["size"])] for c in mine]
-            for name in (*MEASURES, *DISTANCES):
+            for name in measured(mine):
                 means = [statistics.fmean(r[name] for r in rows) for rows in of_seed]
                 spread = statistics.stdev(means) if len(means) > 1 else 0.0
                 table[label].setdefault(str(size), {})[name] = [round(statistics.fmean(means), 4), round(spread, 4)]
@@ -139,7 +149,10 @@ def markdown(results: dict[str, Any]) -> str:
         "distance": "Squared distance to the exact picture (lower is better)",
     }
     parts = []
+    first = next(iter(results["summary"].values()))["all"]
     for name, title in titles.items():
+        if name not in first:
+            continue
         lines = [f"**{title}**", "", "| | N = 2 | 3 | 4 | 5 | all |", "|---|---:|---:|---:|---:|---:|"]
         for label, row in results["summary"].items():
             figures = [f"{row[str(size)][name][0]:.3f} ± {row[str(size)][name][1]:.3f}" for size in (*SIZES, "all")]
@@ -151,7 +164,7 @@ def markdown(results: dict[str, Any]) -> str:
 def main() -> None:
     """Makes the cells that are missing, then the tables and a sheet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of the real data sets")
+    parser.add_argument("--data", type=Path, help="folder of the real data sets")
     parser.add_argument("-o", "--out", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
@@ -159,7 +172,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help="of training gates")
     parser.add_argument("--commit", metavar="NAME", help="also keep the figures under results/")
     args = parser.parse_args()
-    tiles, judge, cells = Tiles(args.data), CompositionJudge(), []
+    tiles, judge, cells = read_tiles(args.data), CompositionJudge(), []
     for seed in args.seeds:
         for label in args.methods:
             path = args.out / "cells" / f"{label}-{seed}.json"
@@ -169,8 +182,7 @@ def main() -> None:
                 made = cell(label, seed, args, tiles, judge) | {"settings": settings}
                 write_json_atomic(path, made)
             cells.append(made)
-            names = (*MEASURES, *DISTANCES)
-            means = {name: round(statistics.fmean(row[name] for row in made["rows"]), 4) for name in names}
+            means = {n: round(statistics.fmean(row[n] for row in made["rows"]), 4) for n in measured([made])}
             print(label, seed, means, made["training"], made["seconds"], flush=True)
     pairs = [("mole", "nla"), ("mole", "merge"), ("composite", "merge"), ("mole", "composite")]
     results = {
