@@ -1,7 +1,7 @@
 """Composes 2 to 5 LoRAs of the bundled image zoo by every method, and measures the pictures against exact references.
 
     python benchmarks/images/run.py -o out/images --data DATA
-    python benchmarks/images/run.py -o out/images --methods nla mole --seeds 0 --compositions 2
+    python benchmarks/images/run.py -o out/images --methods nla mole --seeds 0 --noises 1
 
 ``DATA`` holds the tiles (see README.md); without it the distances to exact pictures are left out. Every method paints
 the same compositions from the same noise. A cell (method, seed) that is there already is not made again; ``--commit
@@ -11,7 +11,9 @@ NAME`` writes the tables to ``results/NAME.json`` and ``.md``.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import random
 import statistics
 import sys
 import time
@@ -30,27 +32,50 @@ from loraweave.reporting.sheets import contact_sheet
 from loraweave.zoo import images
 
 RESULTS = Path(__file__).parent / "results"
+CAST = ("floor", "character", "clothing", "hand1", "hand2")
 SIZES = (2, 3, 4, 5)
-TRAIN_SEED, TEST_SEED = 7, 1
-"""Of the compositions whose prompts gates learn from, and of those that are painted."""
-TRAIN_PROMPTS = 60  # of each size
-STEPS, BATCH = 100, 4
+NOISES = {2: 2, 3: 2, 4: 2, 5: 6}
+"""Pictures of each composition: there are 4, 6, 4 and 1 of these sizes."""
+STEPS, BATCH = 60, 4
 METHODS: dict[str, Any] = {
     "bare": lw.Sum(0.0),
     "merge": lw.Sum(),
     "nla": lw.Linear(),
     "switch": lw.Switch(),
     "composite": lw.Composite(),
-    "mole": lw.MoLE(),
-    "mole_sum": lw.MoLE(scale="experts"),
-    "mole_token": lw.MoLE(pooling="token"),
-    "mole_token_sum": lw.MoLE(pooling="token", scale="experts"),
-    "mole_sigmoid": lw.MoLE(activation="sigmoid"),
-    "mole_token_sigmoid": lw.MoLE(pooling="token", activation="sigmoid"),
+    "mole": lw.MoLE(activation="sigmoid"),
+    "mole_softmax": lw.MoLE(),
     "mole_paper": lw.MoLE.paper(),
 }
 DISTANCES = ("distance", "element_distance")
-NAMES = [*images.HELD_OUT]
+
+
+def cast(seed: int) -> tuple[str, ...]:
+    """Floor, character, clothing and what each hand holds: five LoRAs, bottom layer first."""
+    rng = random.Random(f"cast {seed}")
+    return tuple(rng.choice([n for n, e in images.HELD_OUT.items() if e.layer == layer]) for layer in CAST)
+
+
+def composed(names: tuple[str, ...], seed: int, more: float = 0.0) -> list[images.Composition]:
+    """Every set of 2 to 5 of a cast with its character; a floor that no LoRA brings is one of the base's.
+
+    Args:
+        names: the cast.
+        seed: decides floors and further elements.
+        more: how often a layer that is free gets an element that the base knows.
+    """
+    rng = random.Random(f"compositions {seed}")
+    known = {layer: [e for e in images.BASE if e.layer == layer] for layer in images.LAYERS}
+    character = next(name for name in names if images.HELD_OUT[name].layer == "character")
+    made = []
+    for size in SIZES:
+        for chosen in itertools.combinations([name for name in names if name != character], size - 1):
+            loras = tuple(name for name in names if name in (character, *chosen))
+            elements = {"floor": rng.choice(known["floor"])}
+            elements |= {layer: rng.choice(known[layer]) for layer in images.LAYERS[1:] if rng.random() < more}
+            elements |= {images.HELD_OUT[name].layer: images.HELD_OUT[name] for name in loras}
+            made.append(images.Composition(loras, images.caption(elements), elements))
+    return made
 
 
 def read_tiles(data: Path | None) -> Any:
@@ -64,9 +89,12 @@ def read_tiles(data: Path | None) -> Any:
 
 
 def train_gates(mixture: lw.Mixture, seed: int, steps: int) -> dict[str, Any]:
-    """Gates over all subject LoRAs, by CLIP's judgement of compositions of 2 to 5."""
-    prompts = [c.prompt for size in SIZES for c in images.compositions(TRAIN_PROMPTS, size, seed=TRAIN_SEED)]
-    words = {name: images.HELD_OUT[name].words for name in mixture.experts}
+    """Gates over a cast, by CLIP's judgement; the prompts are others than those that are painted."""
+    names = mixture.experts
+    painted = {one.prompt for one in composed(names, seed)}
+    prompts = [one.prompt for extra in range(3) for one in composed(names, 1000 + 10 * seed + extra, more=0.4)]
+    prompts = [prompt for prompt in prompts if prompt not in painted]
+    words = {name: images.HELD_OUT[name].words for name in names}
     guidance = lw.ClipGuidance("zoo:images/clip-objective", words, guidance=images.GUIDANCE)
     done = lw.train_images(mixture, prompts, guidance, steps=steps, batch_size=BATCH, seed=seed, progress=False)
     return {"steps": steps, "batch_size": BATCH, "seconds": round(done.seconds, 1), "loss": round(done.loss, 4)}
@@ -83,24 +111,30 @@ def distances(tiles: Any, one: images.Composition, picture: Any) -> dict[str, fl
 
 
 def cell(label: str, seed: int, args: argparse.Namespace, tiles: Any, judge: CompositionJudge) -> dict[str, Any]:
-    """Trains where there is something to train, and paints every composition with the noise of one seed."""
+    """Trains where there is something to train, and paints every composition of one cast."""
     pipe: Any = images.pipeline()
     pipe.set_progress_bar_config(disable=True)
-    mixture = lw.attach(pipe, {name: f"zoo:images/{name}" for name in NAMES}, METHODS[label])
+    mixture = lw.attach(pipe, {name: f"zoo:images/{name}" for name in cast(seed)}, METHODS[label])
     learned = train_gates(mixture, seed, args.steps) if label.startswith("mole") else None
     rows, began = [], time.perf_counter()
-    for size in SIZES:
-        for number, one in enumerate(images.compositions(args.compositions, size, seed=TEST_SEED)):
-            noise = torch.Generator().manual_seed(1000 * seed + number)
-            with mixture.only(*one.loras):
-                picture = mixture.pipeline(
-                    one.prompt, generator=noise, num_inference_steps=images.STEPS, guidance_scale=images.GUIDANCE
-                ).images[0]
-            path = args.out / "pictures" / label / f"{size}-{number}-{seed}.png"
-            with atomic_path(path) as open_path:
-                picture.save(open_path, format="PNG")
-            scores = judge.scores(one, [picture])[0] | ({} if tiles is None else distances(tiles, one, picture))
-            rows.append({"size": size, "number": number, "loras": one.loras, **scores})
+    for number, one in enumerate(composed(cast(seed), seed)):
+        size = len(one.loras)
+        noises = [
+            torch.Generator().manual_seed(1000 * seed + 10 * number + n) for n in range(min(args.noises, NOISES[size]))
+        ]
+        with mixture.only(*one.loras):
+            pictures = mixture.pipeline(
+                one.prompt,
+                generator=noises,
+                num_images_per_prompt=len(noises),
+                num_inference_steps=images.STEPS,
+                guidance_scale=images.GUIDANCE,
+            ).images
+        for n, (picture, scores) in enumerate(zip(pictures, judge.scores(one, pictures), strict=True)):
+            with atomic_path(args.out / "pictures" / label / f"{seed}-{number}-{n}.png") as path:
+                picture.save(path, format="PNG")
+            far = {} if tiles is None else distances(tiles, one, picture)
+            rows.append({"size": size, "number": number, "noise": n, "loras": one.loras, **scores, **far})
     seconds = (time.perf_counter() - began) / len(rows)
     return {"method": label, "seed": seed, "training": learned, "seconds": round(seconds, 3), "rows": rows}
 
@@ -168,7 +202,7 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--compositions", type=int, default=12, help="of each size")
+    parser.add_argument("--noises", type=int, default=6, help="at most so many pictures of each composition")
     parser.add_argument("--steps", type=int, default=STEPS, help="of training gates")
     parser.add_argument("--commit", metavar="NAME", help="also keep the figures under results/")
     args = parser.parse_args()
@@ -176,7 +210,7 @@ def main() -> None:
     for seed in args.seeds:
         for label in args.methods:
             path = args.out / "cells" / f"{label}-{seed}.json"
-            settings = {"compositions": args.compositions, "steps": args.steps}
+            settings = {"noises": args.noises, "steps": args.steps}
             made = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
             if made is None or made["settings"] != settings:
                 made = cell(label, seed, args, tiles, judge) | {"settings": settings}
@@ -184,12 +218,12 @@ def main() -> None:
             cells.append(made)
             means = {n: round(statistics.fmean(row[n] for row in made["rows"]), 4) for n in measured([made])}
             print(label, seed, means, made["training"], made["seconds"], flush=True)
-    pairs = [("mole", "nla"), ("mole", "merge"), ("composite", "merge"), ("mole", "composite")]
+    pairs = [("mole", "nla"), ("mole", "merge"), ("mole_softmax", "nla"), ("composite", "merge"), ("mole", "composite")]
     results = {
         "summary": summary(cells),
         "differences": differences(cells, pairs),
         "seeds": args.seeds,
-        "compositions": args.compositions,
+        "casts": [cast(seed) for seed in args.seeds],
         "training": next((c["training"] for c in cells if c["training"]), None),
         **environment(),
     }
@@ -202,15 +236,14 @@ def main() -> None:
 
 
 def sheet(args: argparse.Namespace, labels: list[str]) -> None:
-    """Two compositions of each size by every method, from the first seed's noise."""
+    """Every composition of the first cast by every method, from the same noise."""
     from PIL import Image
 
-    rows, captions = [], []
-    for size in SIZES:
-        for number, one in enumerate(images.compositions(min(2, args.compositions), size, seed=TEST_SEED)):
-            files = [args.out / "pictures" / label / f"{size}-{number}-{args.seeds[0]}.png" for label in labels]
-            rows.append([Image.open(file) for file in files])
-            captions.append(f"{size}: {' + '.join(one.loras)}")
+    rows, captions, seed = [], [], args.seeds[0]
+    for number, one in enumerate(composed(cast(seed), seed)):
+        files = [args.out / "pictures" / label / f"{seed}-{number}-0.png" for label in labels]
+        rows.append([Image.open(file) for file in files])
+        captions.append(" + ".join(one.loras))
     with atomic_path(args.out / "sheet.png") as path:
         contact_sheet(rows, labels, captions, 3).save(path, format="PNG")
 

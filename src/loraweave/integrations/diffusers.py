@@ -73,11 +73,15 @@ def load_pipeline(name: str, kind: str) -> Any:
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
     try:
-        # diffusers reads its own models in fp32, but leaves those of transformers as they were saved.
-        return pipeline.from_pretrained(zoo.local(name), use_safetensors=True).to(torch.float32)
+        pipe = pipeline.from_pretrained(zoo.local(name), use_safetensors=True)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise LoraweaveError(f"pipeline {name!r}: cannot be loaded ({first})") from error
+    for part in pipe.components.values():
+        # diffusers reads its own models in fp32, but leaves those of transformers as they were saved.
+        if isinstance(part, nn.Module) and getattr(part, "dtype", None) in (torch.float16, torch.bfloat16):
+            part.float()
+    return pipe
 
 
 def open_pipeline(pipe: Any, blocks: Iterable[str] | None = None) -> Host:
