@@ -176,7 +176,7 @@ def differences(cells: list[dict[str, Any]], pairs: list[tuple[str, str]]) -> di
 def markdown(results: dict[str, Any]) -> str:
     """Tables of every measure: methods down, sizes across."""
     titles = {
-        "distinct": "Elements shown (share whose own words are the nearest of their layer)",
+        "distinct": "Elements told (share told from all others of their layer)",
         "text": "Text alignment (cosine of picture and prompt)",
         "image": "Image alignment (mean cosine with exact pictures of each element)",
         "element_distance": "Squared distance to the exact picture where the elements lie (lower is better)",
