@@ -20,7 +20,7 @@ from loraweave.cli.contest import Contest, Job, Outcome
 from loraweave.cli.processes import Process
 from loraweave.evaluation.bootstrap import against_best_rival
 from loraweave.evaluation.cells import CELLS, Cell, Cells, Cost
-from loraweave.evaluation.comparison import SINGLE, Run, costs, summarise
+from loraweave.evaluation.comparison import SINGLE, Run, costs, retention, summarise
 from loraweave.files import write_json_atomic, write_text_atomic
 from loraweave.policies import Sum
 from loraweave.recipe import check_recipe
@@ -98,14 +98,13 @@ class _Lean(Contest):
     """A comparison that asks each expert its own task only; a task that is nobody's counts in points of 100."""
 
     def _list_jobs(self) -> Iterator[Job]:
-        owners, key = self._owners(), {}
-        for job in super()._list_jobs():
-            if not job.method.startswith(SINGLE):
-                yield job
-            elif job.method.removeprefix(SINGLE) in owners.values():
-                key = {**job.key, "experts": {**key.get("experts", {}), **job.key["experts"]}}
-        if owners:
-            yield Job(OWN, None, {**key, "owners": owners}, self._owned)
+        base, *jobs = super()._list_jobs()
+        yield base
+        if owners := self._owners():
+            alone = {SINGLE + expert for expert in owners.values()}
+            experts = {name: value for job in jobs if job.method in alone for name, value in job.key["experts"].items()}
+            yield Job(OWN, None, {**base.key, "experts": experts, "owners": owners}, self._owned)
+        yield from (job for job in jobs if not job.method.startswith(SINGLE))
 
     def own(self) -> dict[str, float]:
         cells = [cell for job in self.jobs if job.method == OWN and (cell := self._found(job)) is not None]
@@ -125,6 +124,7 @@ class _Lean(Contest):
         finally:
             self.tests = everything
         scores = {task: score for one in found for task, score in one.scores.items()}
+        retention(scores, scores)  # an own score of 0 is an error; better now than after all training
         items = {task: each for one in found for task, each in one.items.items()}
         return Outcome(scores, items, Cost(score_seconds=sum(one.cost.score_seconds for one in found)))
 

@@ -181,8 +181,8 @@ class Merged:
     """All experts merged into one LoRA (:func:`loraweave.merge`), at the strength that answers the examples best.
 
     Args:
-        transform: the merge by name, with its options: ``{"name": "ties", "density": 0.2}``. What it draws at random (DARE
-            does) hangs on the seed of the comparison, unless it has a ``seed`` of its own.
+        transform: the merge by name, with its options: ``{"name": "ties", "density": 0.2}``. What DARE draws at random
+            hangs on the seed of the comparison, unless it has a ``seed`` of its own.
         strengths: the factors on the merged LoRA that are tried; of several, the one with the lowest mean loss on the
             training examples is taken.
     """
@@ -213,7 +213,7 @@ class Merged:
         kind = str(options.pop("name"))
         if "seed" in transforms.options(kind):
             options = {"seed": setting.seed, **options}
-        merged = {"merged": merge(list(setting.experts.values()), kind, **options)}
+        merged = {"merged": merge(dict(setting.experts), kind, **options)}
         if len(self.strengths) == 1:
             return merged, Sum(self.strengths[0])
         batches = setting.batches(24)
