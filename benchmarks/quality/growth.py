@@ -4,7 +4,8 @@
     python benchmarks/quality/growth.py --data DATA --loras out/quality/loras -o out/quality/growth
     python benchmarks/quality/growth.py --data DATA --loras out/quality/loras -o out/quality/growth --sizes 2,8,32
 
-The LoRAs that join are the other bundled ones, those of generated tasks first, and then those of generated variants.
+The LoRAs that join are the other bundled ones, in the order of the card (those of generated tasks first), and then those
+of generated variants.
 """
 
 from __future__ import annotations
@@ -37,8 +38,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def experts(count: int, probes: Sequence[str], loras: Path) -> dict[str, str]:
     """The first ``count`` experts, the probes first of all; those of variants are trained if they are missing."""
-    bundled = [*probes, *(name for name in (*zoo.generated(), *zoo.skills()) if name not in probes)]
-    named = {name: f"zoo:{name}" for name in dict.fromkeys(bundled)}
+    named = {name: f"zoo:{name}" for name in dict.fromkeys([*probes, *zoo.skills()])}
     some: Mapping[str, Path] = skills.ready(max(0, count - len(named)), loras)
     return dict([*named.items(), *((name, str(place.resolve())) for name, place in some.items())][:count])
 
