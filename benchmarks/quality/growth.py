@@ -4,8 +4,8 @@
     python benchmarks/quality/growth.py --data DATA --loras out/quality/loras -o out/quality/growth
     python benchmarks/quality/growth.py --data DATA --loras out/quality/loras -o out/quality/growth --sizes 2,8,32
 
-The LoRAs that join are the other bundled ones, in the order of the card (those of generated tasks first), and then those
-of generated variants.
+The LoRAs that join are first the other bundled ones, in the order of the card (those of generated tasks before those of
+real sets), and then those of generated variants.
 """
 
 from __future__ import annotations
