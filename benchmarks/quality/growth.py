@@ -53,9 +53,9 @@ def recipe(count: int, probes: Sequence[str], loras: Path, scratch: Path, split:
         "data": {
             "tasks": {name: common.generated(tasks.get(source[name]), scratch, split) for name in probes},
             "train_items": 100,
-            "test_items": 60,
+            "test_items": 50,
         },
-        "train": {"steps": 60, "batch_size": 24, "seeds": [0, 1, 2]},
+        "train": {"steps": 60, "batch_size": 12, "seeds": [0, 1, 2]},
         "generation": {**common.GENERATION, "max_new_tokens": 28},
     }
 
