@@ -65,7 +65,7 @@ def ready(count: int, folder: Path) -> dict[str, Path]:
     """The LoRAs of the first ``count`` variants by name; those that are missing in ``folder`` are trained."""
     places = {label(task): (task, folder / label(task)) for task in variants(count)}
     missing = [(task, place) for task, place in places.values() if not place.exists()]
-    for task, place in tqdm(missing, desc="LoRAs", mininterval=10):
+    for task, place in tqdm(missing, desc="LoRAs", mininterval=10, disable=not missing):
         train_variant(task, place)
     return {name: place for name, (_, place) in places.items()}
 
