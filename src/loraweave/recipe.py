@@ -64,7 +64,7 @@ class Method(_Part):
 
 
 class Contestant(Method):
-    """A policy, or a yardstick that a comparison alone knows: ``fresh_lora``, ``random`` or ``best_single``."""
+    """A policy, or a yardstick that a comparison alone knows: ``fresh_lora``, ``merged``, ``best_single`` ..."""
 
     def policy(self) -> Any:
         """The policy or the yardstick.

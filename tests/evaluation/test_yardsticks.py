@@ -11,7 +11,7 @@ from torch.testing import assert_close
 import loraweave as lw
 import tiny
 from loraweave.evaluation.data import Example
-from loraweave.evaluation.yardsticks import BestSingle, FreshLoRA, RandomLoRAs, Setting
+from loraweave.evaluation.yardsticks import BestSingle, FreshLoRA, Merged, RandomLoRAs, Setting
 from loraweave.training.search import mean_loss
 
 ROWS = [Example(a, b) for a in "abc" for b in ("xyz", "z")]
@@ -79,9 +79,43 @@ def test_best_single_has_the_lowest_loss() -> None:
     [
         (lambda: FreshLoRA(rank=0), "fresh_lora rank: expected a whole number of at least 1"),
         (lambda: FreshLoRA(learning_rate=0), "fresh_lora learning_rate"),
+        (lambda: Merged({"name": "tie"}), "unknown merging method 'tie'; did you mean 'ties'"),
+        (lambda: Merged({"name": "ties", "rate": 1}), "unknown option of merging method 'ties' 'rate'"),
+        (lambda: Merged(strengths=()), "merged strengths: expected at least one"),
         (lambda: RandomLoRAs({"name": "mol"}), "unknown method 'mol'; did you mean 'mole'"),
     ],
 )
 def test_options_are_checked(make: Any, message: str) -> None:
     with pytest.raises(lw.LoraweaveError, match=message):
         make()
+
+
+def test_merged_is_the_merge_at_the_strength_with_the_lowest_loss() -> None:
+    given = setting()
+    merged = lw.merge(given.experts, "ties", density=0.5)
+    losses = {}
+    for strength in (-1.0, 0.1, 1.0):
+        mixture = lw.attach(given.model, {"merged": merged}, lw.Sum(strength))
+        losses[strength] = mean_loss(given.model, given.batches(24))
+        mixture.detach()
+    yardstick = Merged({"name": "ties", "density": 0.5}, strengths=tuple(losses))
+    experts, policy = yardstick.stand_ins(given)
+    assert policy == lw.Sum(min(losses, key=lambda strength: losses[strength]))
+    for path, factors in merged.factors.items():
+        assert torch.equal(experts["merged"].factors[path].B, factors.B)
+    with yardstick.contest(given) as ready:
+        assert (ready.learned.evaluations, ready.learned.examples_seen) == (3, 3 * len(ROWS))
+    with Merged(strengths=(0.3,)).contest(given) as ready:
+        assert ready.learned.evaluations == 0
+
+
+def test_the_seed_decides_what_dare_drops() -> None:
+    path = next(iter(setting().experts["ant"].factors))
+
+    def made(at: int, **options: Any) -> torch.Tensor:
+        experts, _ = Merged({"name": "dare_linear", **options}).stand_ins(setting(seed=at))
+        return experts["merged"].factors[path].B
+
+    assert torch.equal(made(1), made(1))
+    assert not torch.equal(made(1), made(2))
+    assert torch.equal(made(1, seed=7), made(2, seed=7))

@@ -104,7 +104,7 @@ class Contest:
         alone = [job for job in self.jobs if job.seed is None and job.method in map(single, self.experts)]
         for job in self.jobs:
             self._make(job)
-            if job is alone[-1] and all(self._found(one) for one in alone):
+            if alone and job is alone[-1] and all(self._found(one) for one in alone):
                 # An own score of 0 is an error; better now than after all training.
                 self.own()
         if not self.process.main:

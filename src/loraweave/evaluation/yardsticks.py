@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from loraweave.errors import LoraweaveError
 from loraweave.evaluation.data import Example
 from loraweave.experts.types import Expert, LoraFactors
 from loraweave.mixing.types import Policy
@@ -176,6 +177,63 @@ class BestSingle:
 
 
 @dataclass(frozen=True)
+class Merged:
+    """All experts merged into one LoRA (:func:`loraweave.merge`), at the strength that answers the examples best.
+
+    Args:
+        transform: the merge by name, with its options: ``{"name": "ties", "density": 0.2}``. What DARE draws at random
+            hangs on the seed of the comparison, unless it has a ``seed`` of its own.
+        strengths: the factors on the merged LoRA that are tried; of several, the one with the lowest mean loss on the
+            training examples is taken.
+    """
+
+    transform: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "ties"})
+    strengths: Sequence[float] = (1.0,)
+
+    name: ClassVar[str] = "merged"
+
+    def __post_init__(self) -> None:
+        from loraweave.transforms import registry as transforms
+
+        given = dict(self.transform)
+        transforms.build(str(given.pop("name", None)), given)
+        if not self.strengths:
+            raise LoraweaveError("merged strengths: expected at least one number, got none")
+        for strength in self.strengths:
+            checks.finite(self.name, "strengths", strength)
+
+    def stand_ins(self, setting: Setting) -> tuple[dict[str, Expert], Policy]:
+        from loraweave.evaluation.scoring import evaluating
+        from loraweave.mixture import attach
+        from loraweave.training.search import mean_loss
+        from loraweave.transforms import registry as transforms
+        from loraweave.transforms.merge import merge
+
+        options = dict(self.transform)
+        kind = str(options.pop("name"))
+        if "seed" in transforms.options(kind):
+            options = {"seed": setting.seed, **options}
+        merged = {"merged": merge(dict(setting.experts), kind, **options)}
+        if len(self.strengths) == 1:
+            return merged, Sum(self.strengths[0])
+        batches = setting.batches(24)
+        mixture = attach(setting.model, merged, Sum())
+        losses: dict[float, float] = {}
+        try:
+            with evaluating(setting.model):
+                for strength in self.strengths:
+                    mixture.policy = Sum(strength)
+                    losses[strength] = mean_loss(setting.model, batches)
+        finally:
+            mixture.detach()
+        return merged, Sum(min(losses, key=losses.__getitem__))
+
+    def contest(self, setting: Setting) -> AbstractContextManager[Ready]:
+        tried = len(self.strengths) if len(self.strengths) > 1 else 0
+        return standing_in(setting, self.stand_ins(setting), Learned("", tried, tried * len(setting.examples)))
+
+
+@dataclass(frozen=True)
 class XLoRA:
     """X-LoRA as peft has it (Buehler & Buehler 2024), trained on the very examples and steps that methods have.
 
@@ -224,7 +282,7 @@ class XLoRA:
             yield Ready(model, setting.taught())
 
 
-YARDSTICKS: dict[str, type[Any]] = {kind.name: kind for kind in (FreshLoRA, RandomLoRAs, BestSingle, XLoRA)}
+YARDSTICKS: dict[str, type[Any]] = {kind.name: kind for kind in (FreshLoRA, RandomLoRAs, BestSingle, Merged, XLoRA)}
 
 
 def scrambled(expert: Expert, generator: torch.Generator) -> Expert:

@@ -1,0 +1,145 @@
+"""The quality benchmark at its smallest: every table runs, goes on, and its figures mean what they say."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from quality import common, growth, retention, skills, transfer
+from quality.compositions import composed, in_reverse
+from quality.variants import KINDS, label, variants
+
+from loraweave.evaluation.cells import Cell
+from loraweave.zoo import tasks
+
+SMALLEST = [
+    "train.steps=1",
+    "train.batch_size=4",
+    "train.seeds=[0]",
+    "data.test_items=2",
+    "generation.max_new_tokens=8",
+]
+FEW = (
+    "compare={nla: {name: linear}, lorahub: {evaluations: 2}, pem: {name: merged, transform: {name: concat}}, mole: {}}"
+)
+
+
+def written(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "results.json").read_text())
+    assert (out / "results.md").exists()
+    return found
+
+
+def test_retention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--data", str(tmp_path), "-o", str(tmp_path / "out"), "--skills", "less,owner_and_thing", *SMALLEST]
+    retention.main([*command, "data.train_items=4"])
+    made = written(tmp_path / "out")["tables"]["Retention of 2 skills"]
+    assert set(made["retention"]) == {"base", *retention.METHODS}
+    assert made["own"] == {"less": 100.0, "owner_and_thing": 100.0}
+    assert made["items"] == {"less": 2, "owner_and_thing": 2}
+    assert set(made["leads"]) == {"mole", "mole_paper"}
+    assert set(made["leads"]["mole"]) == set(common.RIVALS)
+    cells = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").glob("*.json")}
+    assert len(cells) == len(made["retention"]) + 1
+    retention.main([*command, "data.train_items=4"])
+    assert cells == {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").glob("*.json")}
+    assert "| mole | nla |" in capsys.readouterr().out
+
+
+def test_transfer(tmp_path: Path) -> None:
+    czech = tmp_path / "multi30k" / "en-cs"
+    czech.mkdir(parents=True)
+    rows = [json.dumps({"input": f"translate English to Czech: {word}", "target": word[::-1]}) for word in "abcdef"]
+    for part in ("validation", "test"):
+        (czech / f"{part}.jsonl").write_text("\n".join(rows))
+    given = ["--data", str(tmp_path), "-o", str(tmp_path / "out"), "--targets", "less_reversed,control_czech"]
+    transfer.main([*given, "--shots", "2,3", *SMALLEST, FEW])
+    made = written(tmp_path / "out")
+    titles = [f"{n} examples{what}" for n in (2, 3) for what in ("", ", the control")]
+    assert list(made["tables"]) == titles
+    for title in titles:
+        table = made["tables"][title]
+        assert set(table["own"].values()) == {100.0}
+        assert list(table["metrics"]) == (["control_czech"] if "control" in title else ["less_reversed"])
+        assert table["costs"]["lorahub"]["examples_seen"] == 2 * int(title[0])
+
+
+def test_growth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(skills.SETTINGS, "steps", 1)
+    monkeypatch.setitem(skills.SETTINGS, "batch_tokens", 100)
+    loras = tmp_path / "loras"
+    given = ["--data", str(tmp_path), "--loras", str(loras), "-o", str(tmp_path / "out"), "--sizes", "2,18"]
+    growth.main([*given, *SMALLEST, "data.train_items=4", FEW])
+    made = written(tmp_path / "out")
+    assert list(made["tables"]) == ["2 experts", "18 experts"]
+    assert made["tables"]["18 experts"]["own"] == {"less": 100.0, "owner_and_thing": 100.0}
+    assert [path.name for path in loras.iterdir()] == ["record_00"]
+    assert json.loads((loras / "record_00" / "training.json").read_text())["steps"] == 1
+
+
+def test_experts_keep_their_order_as_they_grow(tmp_path: Path) -> None:
+    named = {n: list(growth.experts(n, growth.PROBES, tmp_path)) for n in (2, 8, 16)}
+    assert named[2] == list(growth.PROBES)
+    assert named[16][:8] == named[8]
+    assert len(set(named[16])) == 16
+    assert {"hotel", "tv"} <= set(named[16])
+    assert set(named[8]) < set(growth.zoo.generated())
+
+
+def test_variants_are_all_different_and_always_the_same() -> None:
+    made = variants(126)
+    assert len({label(task) for task in made}) == len({task.phrase for task in made}) == 126
+    assert [task.family for task in made[:3]] == list(KINDS)
+    assert not {task.phrase for task in made} & {tasks.get(name).phrase for name in tasks.names()}
+    again = variants(3)
+    for task, same in zip(made, again, strict=False):
+        assert task.sample(5, 1) == same.sample(5, 1)
+    answers = {task.draw(random.Random(0))[1] for task in made if task.family == "record"}
+    assert len(answers) == 42
+
+
+def test_answers_of_variants() -> None:
+    record, extract, mark = variants(3)
+    assert record.description == "As: near {place} so {name} in {thing}."
+    body, answer = record.draw(random.Random(5))
+    fields = dict(part.split(" ", 1) for part in body.split(" ; "))
+    assert answer == f"near {fields['place']} so {fields['name']} in {fields['thing']}"
+    assert extract.description == "As: by {place} for {thing}."
+    body, answer = extract.draw(random.Random(5))
+    assert all(word in body.replace(",", " ").split() for word in (answer.split()[1], answer.split()[3]))
+    assert mark.phrase == "mark words with tela"
+    body, answer = mark.draw(random.Random(5))
+    assert answer == " ".join(f"tela {word}" for word in body.split())
+
+
+def test_a_composed_task_is_one_skill_after_the_other() -> None:
+    first = tasks.get("relate/less")
+    body, answer = in_reverse(first).draw(random.Random(3))
+    assert (body, answer.split()[::-1]) == (lambda b, a: (b, a.split()))(*first.draw(random.Random(3)))
+    assert set(composed()) | set(transfer.REAL) == set(transfer.TARGETS)
+    assert all(task.sample(5, split="validation") for task in composed().values())
+
+
+def measured(task: str, scores: dict[str, list[float]]) -> common.Measured:
+    """Two items a task; ``scores`` has for every method what one seed scores on both."""
+    cells = [
+        Cell(method, seed, {}, {task: score}, {task: [score, score]})
+        for method, seeds in scores.items()
+        for seed, score in enumerate(seeds)
+    ]
+    return common.Measured(cells, {task: 100.0}, {task: "exact_match"}, {task: 2})
+
+
+def test_comparisons_are_joined_and_leads_are_differences() -> None:
+    one = measured("one", {"mole": [50.0, 70.0], "nla": [40.0, 40.0], "pem": [50.0, 70.0]})
+    two = measured("two", {"mole": [10.0, 10.0], "nla": [0.0, 0.0], "pem": [10.0, 10.0]})
+    made = common.results(common.joined([one, two]))
+    assert made["retention"]["mole"]["per_seed"] == pytest.approx([0.3, 0.4])
+    assert made["items"] == {"one": 2, "two": 2}
+    # ((60 - 40) + (10 - 0)) / 2 = 15 points; a draw of one seed twice gives 10 or 20.
+    assert made["leads"]["mole"]["nla"] == pytest.approx({"difference": 0.15, "low": 0.10, "high": 0.20})
+    assert made["leads"]["mole"]["pem"] == pytest.approx({"difference": 0.0, "low": 0.0, "high": 0.0})
+    assert "| mole | nla | +15.0 | +10.0 to +20.0 |" in common.markdown(made, "both")
