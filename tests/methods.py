@@ -54,7 +54,10 @@ METHODS = CONSTANT | GATED | STATIC | ROUTED
 # These follow a denoising run; tests/images holds them to the same.
 PICTURES = {"switch", "composite", "regional"}
 # Decoder-only models alone have a prompt of their own.
-PROMPT = {"mole-prompt": lw.MoLE(pooling="prompt", granularity="network")}
+PROMPT = {
+    "mole-prompt": lw.MoLE(pooling="prompt", granularity="network"),
+    "mole-preselect": lw.MoLE(preselect=2),
+}
 # Where a token's weights never depend on later tokens, or on tokens at all.
 CAUSAL = [name for name, p in METHODS.items() if getattr(p, "pooling", "auto") in ("auto", "token")]
 # They decide on the prompt: methods that a decoder-only model must tell what it is when it generates without a cache.

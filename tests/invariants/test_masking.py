@@ -37,7 +37,8 @@ def test_masked_weights(mixed: Any, method: str) -> None:
     policy = ALL[method]
     mixture, inputs = mixed("llama", policy), tiny.batch("llama")
     free = first_weights(mixture, inputs)
-    sparse = getattr(policy, "activation", "") in ("top1", "topk") or method in ROUTED
+    chooses = getattr(policy, "activation", "") in ("top1", "topk") or getattr(policy, "preselect", None)
+    sparse = chooses or method in ROUTED
     for kept in ([0], [1], [2], [0, 1], [0, 2], [1, 2], [0, 1, 2]):
         mask = torch.tensor([i in kept for i in range(3)])
         names = [tiny.NAMES[i] for i in kept]

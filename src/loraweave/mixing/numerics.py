@@ -86,7 +86,7 @@ def low_rank_rows(x: Tensor, A: Tensor, w: Tensor, Bt: Tensor, y: Tensor) -> Ten
     Args:
         x: ``[B, T, in]``.
         A: ``[B, S, in]``, the rank rows each batch row uses.
-        w: ``[B, 1, S]``.
+        w: ``[B, T or 1, S]``.
         Bt: ``[B, S, out]``.
         y: ``[B, T, out]``.
     """

@@ -59,6 +59,17 @@ def group(places: Iterable[Place], granularity: Granularity, ahead: bool = False
     return named
 
 
+def first_of_streams(sites: Mapping[str, list[Place]]) -> set[str]:
+    """Names of the sites that run before all others of their stream: the first registered, or a query beside it."""
+    found: dict[str, tuple[str, Place]] = {}
+    for name, (lead, *_) in sites.items():
+        known = found.get(lead.stream)
+        beside = known is not None and lead.layer is not None and lead.layer == known[1].layer
+        if known is None or (beside and lead.leads and not known[1].leads):
+            found[lead.stream] = name, lead
+    return {name for name, _ in found.values()}
+
+
 class Site:
     """One gate site, attached.
 
@@ -219,11 +230,13 @@ class Site:
         most = index.shape[-1] * max(bank.layout.ranks)
         if x.shape[1] * (bank.layout.rows - most) < 4 * most or torch.is_autocast_enabled(x.device.type):
             return None
+        if x.shape[1] == 1 and index.shape[0] * most >= bank.layout.rows:
+            return None  # one token a row: the copies for all rows would be larger than the bank
         picked, w = self._picked_rows(bank)
         return bank.A[picked], w, bank.Bt[picked]
 
     def _picked_rows(self, bank: Bank) -> tuple[Tensor, Tensor]:
-        """Which rank rows each batch row uses, ``[rows, S]``, and their weights, ``[rows, 1, S]``."""
+        """Which rank rows each batch row uses, ``[rows, S]``, and their weights, ``[rows, tokens or 1, S]``."""
         key = bank.layout, bank.A.device, bank.A.dtype
         found = self._picked.get(key)
         if found is None:
@@ -231,8 +244,8 @@ class Site:
             assert weights.index is not None
             assert weights.values is not None
             rows, scales = bank.layout.padded_rows(bank.A)
-            index, values = weights.index[:, 0].to(rows.device), weights.values[:, 0].to(rows.device)
-            w = (scales[index] * values.unsqueeze(-1).to(bank.A.dtype)).flatten(1).unsqueeze(1)
+            index, values = weights.index[:, 0].to(rows.device), weights.values.to(rows.device, bank.A.dtype)
+            w = (scales[index].unsqueeze(1) * values.unsqueeze(-1)).flatten(2)
             found = rows[index].flatten(1), w
             if not torch.is_grad_enabled():  # a checkpointed block that runs again must find what it found before
                 self._picked[key] = found

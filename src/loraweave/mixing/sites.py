@@ -11,7 +11,7 @@ from loraweave.mixing import numerics
 from loraweave.mixing.anatomy import Anatomy
 from loraweave.mixing.attach import features
 from loraweave.mixing.layer import MixingLayer
-from loraweave.mixing.site import Site, group
+from loraweave.mixing.site import Site, first_of_streams, group
 from loraweave.mixing.stream import Stream
 from loraweave.mixing.types import Policy, SitePlan
 
@@ -42,7 +42,9 @@ def build_sites(
     places = [anatomy.place(path) for path in layers]
     specs = {spec.name: spec for spec in anatomy.streams}
     sites = []
-    for name, members in group(places, policy.granularity, getattr(policy, "reads_ahead", False)).items():
+    grouped = group(places, policy.granularity, getattr(policy, "reads_ahead", False))
+    firsts = first_of_streams(grouped)
+    for name, members in grouped.items():
         leader, spec = layers[members[0].path], specs[members[0].stream]
         width = features(leader.base)
         assert width is not None
@@ -59,6 +61,7 @@ def build_sites(
             width=anatomy.width,
             ahead=any(place.stream != members[0].stream for place in members),
             spatial=spec.spatial,
+            first=name in firsts,
         )
         site = Site(plan, layers, streams[spec.name])
         site.gate = policy.gate(plan)

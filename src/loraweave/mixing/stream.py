@@ -62,6 +62,7 @@ class Stream:
 
     Attributes:
         listeners: called at the beginning of each pass.
+        chosen: ``[rows, 1, k]``, the experts that the first gate chose for each row, where it does.
     """
 
     def __init__(self, spec: StreamSpec) -> None:
@@ -73,6 +74,7 @@ class Stream:
         self.states: Tensor | None = None
         self.listeners: list[Callable[[], None]] = []
         self.expected = False
+        self.chosen: Tensor | None = None
         self.canvas: Canvas | None = None
         self._cached: int | Tensor = 0
         self._frozen: WeakKeyDictionary[object, dict[int, Any]] = WeakKeyDictionary()
@@ -95,6 +97,8 @@ class Stream:
         # A static cache counts in place.
         self._cached = cached.clone() if isinstance(cached, Tensor) else cached
         self._homeless = {}
+        if not self.listeners:  # gates that decide ahead keep to what they read before while it stays
+            self.chosen = None
         for listener in self.listeners:
             listener()
 

@@ -23,7 +23,7 @@ class Weights:
     Attributes:
         dense: ``[rows or 1, tokens or 1, E]``; size 1 broadcasts.
         index: ``[rows, tokens or 1, k]``, the experts that are not switched off, where the gate is sparse by design.
-        values: ``[rows, tokens or 1, k]``, their weights.
+        values: ``[rows, tokens or 1, k]``, their weights; may differ between tokens where the experts do not.
     """
 
     dense: Tensor
@@ -71,6 +71,7 @@ class SitePlan:
         width: of the hidden states between blocks, where the host model says it.
         experts: names of the mixture's experts, in order.
         spatial: whether its tokens are places in a picture.
+        first: whether its gate runs before all others that read this stream.
     """
 
     name: str
@@ -85,6 +86,7 @@ class SitePlan:
     width: int | None = None
     ahead: bool = False
     spatial: bool = False
+    first: bool = False
 
 
 class Gate(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -43,6 +44,10 @@ class MoLE:
         activation: ``softmax`` (Eq. 11); ``top1``, one expert at weight 1, trained straight-through; ``topk``, softmax
             over the ``k`` best; ``sigmoid``, independent gates that start at 0.98.
         k: how many experts ``topk`` keeps.
+        preselect: of many experts, how many a row gets at all. The first gate that reads a row ranks them once, by its
+            logits on the pooled prompt (of an encoder: all tokens); the gates behind it then decide among these as
+            under a mask, and only these are computed, in the cached steps too. Gates learn among all experts: it acts
+            in evaluation mode (``model.eval()``) alone. Default: all.
         scale: what softmax weights sum to: a number, or ``experts`` for ``N``.
         learn_scale: whether each gate learns its own scale from there.
         temperature: ``tau`` of Eq. 11 at the start.
@@ -61,6 +66,7 @@ class MoLE:
     gate_form: Literal["compact", "full"] = "compact"
     activation: Activation = "softmax"
     k: int = 2
+    preselect: int | None = None
     scale: float | Literal["experts"] = 1.0
     learn_scale: bool = False
     temperature: float = 1.0
@@ -82,6 +88,10 @@ class MoLE:
             checks.finite(self.name, "scale", self.scale, above=0)
         if not isinstance(self.k, int) or self.k < 1:
             raise LoraweaveError(f"mole k: expected a whole number of at least 1, got {self.k!r}")
+        if self.preselect is not None:
+            checks.whole(self.name, "preselect", self.preselect)
+            if self.mix == "outputs":
+                raise LoraweaveError("mole preselect: mix='outputs' runs each block once per expert; use mix='deltas'")
         if self.pooling == "flatten" and (not isinstance(self.max_length, int) or self.max_length < 1):
             raise LoraweaveError(
                 f"mole max_length: a flatten gate needs the longest sequence it shall read (a whole number), "
@@ -115,6 +125,24 @@ class MoLE:
 
     def constant(self, site: SitePlan) -> None:
         """No site is constant."""
+
+    def check(self, sites: Sequence[SitePlan]) -> None:
+        """Refuse to choose experts by row where a site's tokens do not tell what the row is.
+
+        Raises:
+            LoraweaveError: the decoder's own tokens behind an encoder, or a picture's.
+        """
+        if self.preselect is None:
+            return
+        for site in sites:
+            if site.spatial:
+                raise LoraweaveError(f"mole preselect: chooses by a text's tokens, but {site.name} reads a picture's")
+            if site.causal and not site.prompted:
+                raise LoraweaveError(
+                    f"mole preselect: {site.name} reads the decoder's own tokens, which do not tell what the input is; "
+                    "use pooling='auto' with granularity='block' or 'network' and experts in the cross-attention's "
+                    "keys or values"
+                )
 
     def gate(self, site: SitePlan) -> nn.Module:
         from loraweave.policies.mole_gate import MoLEGate

@@ -54,6 +54,7 @@ class MoLEGate(nn.Module):
         self.policy = policy
         self.site_name = site.name
         self.pooling = resolve_pooling(policy, site)
+        self.first = site.first
         self.normalized = policy.normalized
         self.experts = N = len(site.experts)
         self.reader: WideReader | RankReader = _reader(policy, site)
@@ -124,10 +125,11 @@ class MoLEGate(nn.Module):
         """Weights from evidence, in single precision."""
         stream = evidence.stream
         if self.pooling == "token":
-            return self.activate(self.logits(evidence))
+            return self.activate(self.logits(evidence), self._chosen(evidence))
         if stream.spec.causal and stream.cached_tokens > 0:
             if self.pooling == "prompt":
-                return self.activate(cast(Tensor, stream.frozen(self)))
+                logits = cast(Tensor, stream.frozen(self))
+                return self.activate(logits, self._chosen(evidence, logits))
             raise LoraweaveError(
                 f"gate site {self.site_name}: {self.pooling!r} pooling reads the whole sequence, so generating with a "
                 "key-value cache would differ from generating without; use pooling='token' or 'prompt', or "
@@ -136,11 +138,53 @@ class MoLEGate(nn.Module):
         logits = self.logits(evidence)
         if self.pooling == "prompt":
             stream.freeze(self, logits)
-        return self.activate(logits)
+        return self.activate(logits, self._chosen(evidence, logits))
+
+    def _chosen(self, evidence: Evidence, logits: Tensor | None = None) -> Tensor | None:
+        """``[rows, 1, k]``: the experts that the stream's first gate chose; ``None`` if it chose none.
+
+        Args:
+            evidence: what is read here.
+            logits: ``[rows, 1, N]`` from it, if it was pooled.
+        """
+        k, stream = self.policy.preselect, evidence.stream
+        measuring = self.standard is not None and self.standard.measuring
+        if k is None or k >= self.kept or self.training or measuring:
+            return None
+        if self.first:
+            with torch.no_grad():
+                rank = self._prompt_logits(evidence) if logits is None else logits
+                rank = rank * torch.exp(-self.log_temperature)
+                if self.bias is not None:
+                    rank = rank + self.bias
+                if self.closed is not None:
+                    rank = rank.masked_fill(self.closed, -torch.inf)
+                stream.chosen = rank.topk(k, dim=-1).indices
+        chosen, rows = stream.chosen, evidence.hidden.shape[0]
+        if chosen is None or chosen.shape[0] != rows:
+            what = "none was asked before" if chosen is None else f"it read {chosen.shape[0]} rows and this one {rows}"
+            raise LoraweaveError(
+                f"gate site {self.site_name}: preselect lets the first gate choose each row's experts, but {what}; "
+                "use preselect=None with this model"
+            )
+        return chosen.to(evidence.hidden.device)
+
+    def _prompt_logits(self, evidence: Evidence) -> Tensor:
+        """``[rows, 1, N]`` on the mean of the prompt, which stays while the answer is written."""
+        stream, (rows, tokens) = evidence.stream, evidence.hidden.shape[:2]
+        if stream.spec.causal and stream.cached_tokens > 0:
+            return cast(Tensor, stream.frozen(self))
+        v = numerics.masked_mean(self.reader.raw(evidence), stream.prompt_mask(rows, tokens))
+        logits = self._project(v, evidence)
+        if stream.spec.causal:
+            stream.freeze(self, logits)
+        return logits
 
     def logits(self, evidence: Evidence) -> Tensor:
         """``eps`` of Eq. 10, ``[rows, tokens or 1, N]``."""
-        v = self.pool(self.reader.raw(evidence), evidence)
+        return self._project(self.pool(self.reader.raw(evidence), evidence), evidence)
+
+    def _project(self, v: Tensor, evidence: Evidence) -> Tensor:
         normalization = self.policy.normalization
         coordinates, square, total = self.reader.measure(v, total=normalization == "layer")
         if self.standard is not None and self.standard.measuring:
@@ -208,17 +252,29 @@ class MoLEGate(nn.Module):
         order = mask.argsort(dim=1, descending=True, stable=True).unsqueeze(-1)
         return (v * mask.unsqueeze(-1)).gather(1, order.expand_as(v))
 
-    def activate(self, logits: Tensor) -> Weights:
-        """Eq. 11 and its relatives: logits -> weights, masked experts left out."""
+    def activate(self, logits: Tensor, chosen: Tensor | None = None) -> Weights:
+        """Eq. 11 and its relatives: logits -> weights; masked experts, and those not chosen, are left out."""
         logits = logits * torch.exp(-self.log_temperature)
         if self.bias is not None:
-            g = torch.sigmoid(logits + self.bias)
-            return Weights(g if self.closed is None else g.masked_fill(self.closed, 0.0))
-        if self.closed is not None:
-            logits = logits.masked_fill(self.closed, -torch.inf)
-        total = numerics.masked_total(self.scale, self.kept, self.experts)
+            logits = logits + self.bias
+        if chosen is None:
+            if self.closed is not None:
+                logits = logits.masked_fill(self.closed, -torch.inf)
+            return self._weigh(logits, self.kept)
+        few = chosen.expand(-1, logits.shape[1], -1)
+        among = self._weigh(logits.gather(-1, few), chosen.shape[-1])
+        dense = torch.zeros_like(logits).scatter(-1, few, among.dense)
+        if among.index is None or among.values is None or among.index.shape[1] > 1:
+            return Weights(dense, chosen, among.dense)
+        return Weights(dense, chosen.gather(-1, among.index), among.values)
+
+    def _weigh(self, logits: Tensor, kept: int) -> Weights:
+        """The activation of logits of which ``kept`` are finite."""
+        if self.bias is not None:
+            return Weights(torch.sigmoid(logits))
+        total = numerics.masked_total(self.scale, kept, self.experts)
         if self.policy.activation == "topk":
-            best, index = logits.topk(min(self.policy.k, self.kept), dim=-1)
+            best, index = logits.topk(min(self.policy.k, kept), dim=-1)
             values = total * best.softmax(-1)
             return Weights(torch.zeros_like(logits).scatter(-1, index, values), index, values)
         p = logits.softmax(-1)
