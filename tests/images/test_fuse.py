@@ -105,7 +105,7 @@ def test_refusals(sets: Any, tmp_path: Path) -> None:
     with pytest.raises(lw.LoraweaveError, match="data of expert 'hero': expected prompts"):
         lw.fuse(pipe, {"hero": files["hero"]}, {"hero": [" "]}, progress=False)
     text = lw.Expert("text", {"model.q": lw.LoraFactors(torch.ones(1, 2), torch.ones(2, 1), 1.0)})
-    with pytest.raises(lw.LoraweaveError, match="'model.q': expected a pipeline's"):
+    with pytest.raises(lw.LoraweaveError, match=r"'model\.q': expected a pipeline's"):
         write_lora_file(text, tmp_path / "x.safetensors")
     with pytest.raises(lw.LoraweaveError, match=r"ends in \.safetensors"):
         write_lora_file(text, tmp_path / "x.bin")
