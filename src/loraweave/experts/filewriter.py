@@ -24,11 +24,7 @@ def write_lora_file(expert: Expert, path: str | Path, *, overwrite: bool = False
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    path = Path(path).expanduser()
-    if path.suffix != ".safetensors":
-        raise LoraweaveError(f"{path}: expected a name that ends in .safetensors")
-    if path.exists() and not overwrite:
-        raise LoraweaveError(f"{path}: exists; choose another name, or pass overwrite=True")
+    path = check_file(path, overwrite)
     tensors = {}
     for module, f in expert.factors.items():
         if not module.startswith(("unet.", "transformer.", "text_encoder.", "text_encoder_2.", "text_encoder_3.")):
@@ -45,4 +41,18 @@ def write_lora_file(expert: Expert, path: str | Path, *, overwrite: bool = False
             save_file(tensors, str(place), metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
         raise LoraweaveError(f"{path}: cannot be written ({error})") from error
+    return path
+
+
+def check_file(path: str | Path, overwrite: bool = False) -> Path:
+    """The path, if a safetensors file may be written there.
+
+    Raises:
+        LoraweaveError: it exists and is not to be overwritten, or does not end in ``.safetensors``.
+    """
+    path = Path(path).expanduser()
+    if path.suffix != ".safetensors":
+        raise LoraweaveError(f"{path}: expected a name that ends in .safetensors")
+    if path.exists() and not overwrite:
+        raise LoraweaveError(f"{path}: exists; choose another name, or pass overwrite=True")
     return path

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.errors import LoraweaveError, unknown
+from loraweave.experts.filewriter import check_file
 from loraweave.experts.mapped import open_tensors
 from loraweave.experts.weightfile import MIXABLE_DTYPES, PICKLES, pickle_refused, read_header
 from loraweave.files import atomic_path
@@ -60,13 +61,9 @@ def write_shifts(shifts: Shifts, path: str | Path, *, overwrite: bool = False) -
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    path = Path(path).expanduser()
     if not shifts:
         raise LoraweaveError(f"{path}: there are no shifts to write")
-    if path.suffix != ".safetensors":
-        raise LoraweaveError(f"{path}: expected a name that ends in .safetensors")
-    if path.exists() and not overwrite:
-        raise LoraweaveError(f"{path}: exists; choose another name, or pass overwrite=True")
+    path = check_file(path, overwrite)
     tensors = {f"{name}{_SUFFIX}": delta.detach().float().cpu().contiguous().clone() for name, delta in shifts.items()}
     try:
         with atomic_path(path) as place:
