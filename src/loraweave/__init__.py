@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from loraweave.mixture import Mixture, attach
     from loraweave.persistence import load
     from loraweave.policies import CAT, Arrow, Composite, Linear, LoGo, LoRAFlow, LoRAHub, MoLE, Regional, Sum, Switch
+    from loraweave.training.fuse import fuse
     from loraweave.training.images.objectives import ClipGuidance, Denoising
     from loraweave.training.images.train import train_images
     from loraweave.training.search import SearchResult, search
@@ -57,6 +58,7 @@ _HOME = {
     "TrainingResult": "training.train",
     "arithmetic": "transforms.merge",
     "attach": "mixture",
+    "fuse": "training.fuse",
     "inspect": "experts.inspection",
     "load": "persistence",
     "merge": "transforms.merge",
@@ -93,6 +95,7 @@ __all__ = [
     "__version__",
     "arithmetic",
     "attach",
+    "fuse",
     "inspect",
     "load",
     "merge",

@@ -45,3 +45,14 @@ def test_unknown_methods_are_refused(recipe: Path, tmp_path: Path, capsys: pytes
     assert main(["image", str(recipe), "--prompt", "x", "--method", "swich", "-o", str(tmp_path / "out")]) == 2
     assert "unknown method 'swich'; did you mean 'switch'?" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_fused_on_prompts(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = [part for name in ("hero", "coat", "ink") for part in ("--prompt", f"{name}={name}")]
+    out = tmp_path / "fused.safetensors"
+    assert main(["fuse", str(recipe), *prompts, "--steps", "1", "--rank", "2", "-o", str(out)]) == 0
+    assert "rank 2" in capsys.readouterr().out
+    assert main(["image", str(recipe), "--prompt", "hero", "--steps", "1", "-o", str(tmp_path / "out"),
+                 f"experts={{fused: {out}}}", "--method", "merge"]) == 0  # fmt: skip
+    assert main(["fuse", str(recipe), *prompts, "-o", str(out)]) == 2
+    assert "exists" in capsys.readouterr().err

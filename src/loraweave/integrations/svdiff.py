@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.errors import LoraweaveError, unknown
+from loraweave.experts.filewriter import check_file
 from loraweave.experts.mapped import open_tensors
 from loraweave.experts.weightfile import MIXABLE_DTYPES, PICKLES, pickle_refused, read_header
+from loraweave.files import atomic_path
 
 _SUFFIX = ".delta"
 Shifts = Mapping[str, Tensor]
@@ -47,6 +49,28 @@ def read_shifts(path: str | Path) -> dict[str, Tensor]:
             raise LoraweaveError(f"{path}: tensor {key[:120]!r} expected finite numbers, got NaN or infinity")
         shifts[key.removesuffix(_SUFFIX)] = value
     return shifts
+
+
+def write_shifts(shifts: Shifts, path: str | Path, *, overwrite: bool = False) -> Path:
+    """Write shifts as one safetensors file that :func:`read_shifts` and svdiff-pytorch read.
+
+    Raises:
+        LoraweaveError: there are none, the file exists (unless ``overwrite``) or is no ``.safetensors``, or it cannot
+            be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    if not shifts:
+        raise LoraweaveError(f"{path}: there are no shifts to write")
+    path = check_file(path, overwrite)
+    tensors = {f"{name}{_SUFFIX}": delta.detach().float().cpu().contiguous().clone() for name, delta in shifts.items()}
+    try:
+        with atomic_path(path) as place:
+            save_file(tensors, str(place), metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise LoraweaveError(f"{path}: cannot be written ({error})") from error
+    return path
 
 
 def compose_shifts(experts: Sequence[Shifts], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
@@ -83,7 +107,7 @@ def shifted(weight: Tensor, delta: Tensor) -> Tensor:
             (taken as ``[1, n]``).
         delta: ``[min(out, in*k*k)]``.
     """
-    U, sigma, Vh = torch.linalg.svd(_matrix(weight).double(), full_matrices=False)
+    U, sigma, Vh = torch.linalg.svd(as_matrix(weight).double(), full_matrices=False)
     moved = torch.relu(sigma + delta.to(sigma))
     result: Tensor = ((U * moved) @ Vh).reshape(weight.shape).to(weight.dtype)
     return result
@@ -111,7 +135,7 @@ def apply_shifts(model: nn.Module, shifts: Shifts) -> Iterator[None]:
         weight = getattr(modules[name], "weight", None)
         if not isinstance(weight, nn.Parameter):
             raise LoraweaveError(f"{name}: expected a module with a weight, got {type(modules[name]).__name__}")
-        count = min(_matrix(weight).shape)
+        count = min(as_matrix(weight).shape)
         if delta.shape != (count,):
             raise LoraweaveError(f"{name}: expected {count} shifts, got {list(delta.shape)}; is it for another base?")
         if delta.any():
@@ -128,5 +152,6 @@ def apply_shifts(model: nn.Module, shifts: Shifts) -> Iterator[None]:
                 weight.copy_(saved[name])
 
 
-def _matrix(weight: Tensor) -> Tensor:
+def as_matrix(weight: Tensor) -> Tensor:
+    """A weight as the matrix that is decomposed: see :func:`shifted`."""
     return weight[None] if weight.ndim == 1 else weight.flatten(1)

@@ -38,7 +38,7 @@ def test_the_expert_whose_picture_it_is_gains_weight(
         picture = runs.estimated_pictures(pipe, scheduler, ["a"], until=0.0, generators=[start], call=call)[0]
     shown = [(picture.detach().permute(1, 2, 0) * 255).round().byte().numpy()]
     # From the noise of the picture, so that the loss is 0 just where this expert is alone.
-    monkeypatch.setattr(training, "_draws", lambda *_: [Draw(0, 0, 0)])
+    monkeypatch.setattr(training, "draws_of", lambda *_: [Draw(0, 0, 0)])
     whole = dict.fromkeys(("hero", "coat"), (0.0, 0.0, 1.0, 1.0))
     options = lessons.guidance(
         concepts=dict.fromkeys(whole, shown), boxes=whole, steps=2, when=(0.0, 0.0), guidance=1.0, global_weight=0.0

@@ -256,14 +256,16 @@ class Denoising:
         Raises:
             LoraweaveError: no pictures, or some that cannot be read.
         """
-        return _Denoised(self, mixture, gallery.read_pictures(data, self.size), device)
+        return self.lesson_of(mixture.pipeline, data, device)
+
+    def lesson_of(self, pipe: Any, data: Any, device: torch.device) -> Lesson:
+        """As :meth:`lesson`, of a pipeline without a mixture."""
+        return _Denoised(self, pipe, gallery.read_pictures(data, self.size), device)
 
 
 class _Denoised:
-    def __init__(
-        self, options: Denoising, mixture: Mixture, pictures: list[gallery.Captioned], device: torch.device
-    ) -> None:
-        self.options, self.pipe = options, mixture.pipeline
+    def __init__(self, options: Denoising, pipe: Any, pictures: list[gallery.Captioned], device: torch.device) -> None:
+        self.options, self.pipe = options, pipe
         self.prompts = [picture.prompt for picture in pictures]
         self.latents = [runs.encoded(self.pipe, p.pixels.unsqueeze(0).to(device))[0].cpu() for p in pictures]
 

@@ -115,7 +115,7 @@ def train_images(
 
             def look() -> None:
                 for step in range(MEASURED_BATCHES):
-                    draws = list(_draws(seed, step, rows, len(lesson.prompts)))
+                    draws = list(draws_of(seed, step, rows, len(lesson.prompts)))
                     with accelerator.autocast():
                         lesson.loss(draws[accelerator.process_index * batch_size :][:batch_size])
 
@@ -141,7 +141,7 @@ def train_images(
         whole = True  # whether gates and optimiser are of one step
         try:
             while done.step < steps:
-                draws = list(_draws(seed, done.step, rows, len(lesson.prompts)))
+                draws = list(draws_of(seed, done.step, rows, len(lesson.prompts)))
                 mine = draws[accelerator.process_index * batch_size :][:batch_size]
                 with accelerator.autocast():
                     task, shares = _pass(mixture, lesson, mine, accelerator)
@@ -209,7 +209,7 @@ def _slope(warmup: int, steps: int) -> Any:
     return at
 
 
-def _draws(seed: int, step: int, rows: int, items: int) -> Iterator[Draw]:
+def draws_of(seed: int, step: int, rows: int, items: int) -> Iterator[Draw]:
     """The rows of one step. The data goes round in a new order each time."""
     batch = random.Random(f"{seed} {step}").getrandbits(60)
     for n in range(step * rows, (step + 1) * rows):
