@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
 import loraweave as lw
@@ -24,6 +25,7 @@ POLICIES = {
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Any:
     torch._dynamo.reset()
+    counters.clear()
     yield
     torch._dynamo.reset()
 
@@ -45,10 +47,50 @@ def test_one_graph() -> None:
 
 
 @pytest.mark.slow
+def test_one_graph_where_the_first_gate_chooses(monkeypatch: Any) -> None:
+    monkeypatch.setitem(POLICIES, "preselect", lw.MoLE(preselect=2))
+    compiled("preselect", "eager")
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("gcc") is None and shutil.which("clang") is None, reason="no C compiler")
 @pytest.mark.parametrize("name", POLICIES)
 def test_compiled_code(name: str) -> None:
     compiled(name, "inductor")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["token", "top2"])
+def test_a_change_of_parameters_or_a_mask_of_a_size_seen_before_compiles_nothing(name: str) -> None:
+    """Of a mask only the number of experts that it keeps is compiled in."""
+    mixture = tiny.randomize(tiny.attached("llama", POLICIES[name]))
+    inputs = tiny.batch("llama")
+    fast = torch.compile(mixture.model, fullgraph=True, backend="eager")
+
+    def check() -> None:
+        with torch.no_grad():
+            got = fast(**inputs, use_cache=False).logits
+        assert_close(got, tiny.logits(mixture.model, inputs), atol=1e-5, rtol=1e-4)
+
+    def change(seed: int) -> None:
+        tiny.randomize(mixture, seed)
+        check()
+
+    def through(*masks: tuple[str, ...]) -> None:
+        for names in masks:
+            with mixture.only(*names):
+                check()
+            check()
+
+    check()
+    check()
+    through(("ant", "bee"), ("ant",), ("ant", "cat"))
+    before = counters["stats"]["unique_graphs"]
+    assert before > 0
+    change(1)
+    through(("ant", "bee"), ("ant",), ("bee", "cat"), ("cat",))
+    change(2)
+    assert counters["stats"]["unique_graphs"] == before
 
 
 @pytest.mark.slow

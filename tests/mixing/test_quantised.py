@@ -82,6 +82,62 @@ def test_torch_dynamic_quantisation() -> None:
     assert torch.equal(tiny.logits(host, inputs), bare)
 
 
+def by_bitsandbytes(host: Any, bits: int) -> None:
+    """4-bit and 8-bit layers in place of the linear ones, as transformers puts them there."""
+    bnb = pytest.importorskip("bitsandbytes")
+    for path, module in list(host.named_modules()):
+        if isinstance(module, nn.Linear) and "lm_head" not in path:
+            shape = (module.in_features, module.out_features, False)
+            made = (
+                bnb.nn.Linear4bit(*shape, compute_dtype=torch.float32, quant_type="nf4")
+                if bits == 4
+                else bnb.nn.Linear8bitLt(*shape, has_fp16_weights=False)
+            )
+            made.load_state_dict(module.state_dict())
+            parent, _, leaf = path.rpartition(".")
+            setattr(host.get_submodule(parent), leaf, made.to("cpu"))
+
+
+def by_torchao(host: Any, _: int) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(host.model, quantization.Int8WeightOnlyConfig())
+
+
+REAL = {
+    "bitsandbytes-4": (by_bitsandbytes, 4),
+    "bitsandbytes-8": (by_bitsandbytes, 8),
+    "torchao-8": (by_torchao, 8),
+}
+
+
+@pytest.mark.parametrize("policy", [lw.Sum(), lw.MoLE(), lw.MoLE("matrix", evidence="outputs")])
+@pytest.mark.parametrize("kind", REAL)
+def test_real_quantised_bases(kind: str, policy: Any) -> None:
+    """A slow loop over the quantised layer's output plus every expert's delta."""
+    quantise, bits = REAL[kind]
+    inputs, plain = tiny.batch("llama"), tiny.model("llama")
+    experts, hosts = tiny.experts(plain, "llama"), [tiny.model("llama") for _ in range(2)]
+    for host in hosts:
+        quantise(host, bits)
+    bare = tiny.logits(hosts[0], inputs)
+    assert (bare - tiny.logits(plain, inputs)).abs().max() > 1e-3, "it is quantised"
+    mixture = tiny.randomize(lw.attach(hosts[0], experts, policy))
+    decisions = tiny.Decisions(mixture, inputs)
+    slow = tiny.slow_mixture(hosts[1], experts, decisions)
+    # Eight bits of bitsandbytes round the input too, so that rounding errors may grow into one of its steps.
+    loose = {"atol": 0.05, "rtol": 0.05} if kind == "bitsandbytes-8" else {"atol": 2e-5, "rtol": 1e-5}
+    assert_close(decisions.logits, tiny.logits(slow, inputs), **loose)
+    assert (decisions.logits - bare).abs().max() > 0.1
+    if mixture.gates:
+        hosts[0](**inputs, labels=inputs["input_ids"]).loss.backward()
+        assert all(p.grad.abs().max() > 0 for name, p in mixture.gate_parameters() if name.endswith("/e"))
+    else:
+        with pytest.raises(lw.LoraweaveError, match=r"cannot fold into .*quantised"):
+            mixture.fold()
+    mixture.detach()
+    assert torch.equal(tiny.logits(hosts[0], inputs), bare)
+
+
 def test_a_fold_that_fails_half_way_changes_nothing() -> None:
     inputs, host = tiny.batch("llama"), tiny.model("llama")
     experts = tiny.experts(host, "llama")

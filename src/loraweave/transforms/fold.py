@@ -44,6 +44,7 @@ def fold(layers: Mapping[str, MixingLayer], weights: Mapping[str, Tensor]) -> Fo
         weight = getattr(layer.base, "weight", None)
         if (
             not isinstance(weight, nn.Parameter)
+            or type(weight.data) is not Tensor  # quantised tensors of torchao say that they are float
             or weight.dtype not in FLOATS
             or weight.ndim not in (2, 4)
             or weight.is_meta
