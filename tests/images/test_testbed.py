@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pipes
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 import loraweave as lw
 from loraweave.cli import main
+from loraweave.cli.testbed_painting import _pipeline
 from loraweave.evaluation.image_metrics import Clip, image_alignment, text_alignment
 from loraweave.evaluation.judges.pictures import read_pictures
 from loraweave.integrations.diffusers import load_pipeline
+from loraweave.recipe import load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +89,25 @@ def test_a_picture_is_what_the_library_paints(recipe: Path, sets: Any, tmp_path:
     assert painted.tobytes() == direct.tobytes()
 
 
+def test_another_scheduler_keeps_what_the_pipeline_has_set(recipe: Path, tmp_path: Path) -> None:
+    """Files of Stable Diffusion do not say ``clip_sample``; its pipeline turns it off, DDIM and DDPM have it on."""
+    shutil.copytree(recipe.parent / "base", tmp_path / "base")
+    place = tmp_path / "base" / "scheduler" / "scheduler_config.json"
+    config = json.loads(place.read_text())
+    assert config.pop("clip_sample") is False
+    place.write_text(json.dumps(config))
+    options = ["testbed.scheduler=DDPMScheduler", "testbed.scheduler_options={thresholding: true}"]
+    bed = load_recipe(recipe, options).testbed
+    assert bed is not None
+    read = load_recipe(recipe, [f"base={tmp_path / 'base'}"])
+    found = _pipeline(read, bed).scheduler
+    assert type(found).__name__ == "DDPMScheduler"
+    assert (found.config.clip_sample, found.config.thresholding) == (False, True)
+    # Options alone change the base's own scheduler.
+    found = _pipeline(read, bed.model_copy(update={"scheduler": None})).scheduler
+    assert (type(found).__name__, found.config.clip_sample, found.config.thresholding) == ("DDIMScheduler", False, True)
+
+
 def test_methods_that_would_have_to_learn_are_refused(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,6 +116,8 @@ def test_methods_that_would_have_to_learn_are_refused(
     assert not list(tmp_path.glob("**/*.png"))
     assert main(["testbed", str(recipe), "-o", str(tmp_path / "b"), "testbed.scheduler=DDIMShedule"]) == 2
     assert "did you mean 'DDIMScheduler'" in capsys.readouterr().err
+    assert main(["testbed", str(recipe), "-o", str(tmp_path / "b"), "testbed.scheduler_options={clip: 1}"]) == 2
+    assert "unknown option of DDIMScheduler 'clip'" in capsys.readouterr().err
 
 
 def test_painted_pictures_are_scored(

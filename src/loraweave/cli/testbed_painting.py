@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from loraweave.errors import LoraweaveError, unknown
+from loraweave.errors import LoraweaveError
 from loraweave.evaluation.testbed import chosen_sets, testbed_of
 from loraweave.experts.resolve import resolve_experts
 from loraweave.experts.types import Expert
@@ -160,16 +160,10 @@ def _paint(
 def _pipeline(recipe: Recipe, testbed: Testbed) -> Any:
     import diffusers
 
-    from loraweave.integrations.diffusers import load_pipeline
+    from loraweave.integrations.diffusers import load_pipeline, scheduler_named
 
     pipe: Any = load_pipeline(recipe.base, "DiffusionPipeline")
-    if testbed.scheduler is not None:
-        kind: Any = getattr(diffusers, testbed.scheduler, None)
-        if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-            known = [name for name in dir(diffusers) if name.endswith("Scheduler")]
-            raise unknown("scheduler", testbed.scheduler, known)
-        scheduler: Any = kind
-        pipe.scheduler = scheduler.from_config({**pipe.scheduler.config, **testbed.scheduler_options})
+    pipe.scheduler = scheduler_named(pipe, testbed.scheduler, testbed.scheduler_options)
     if testbed.vae is not None:
         try:
             pipe.vae = diffusers.AutoencoderKL.from_pretrained(testbed.vae)
@@ -222,7 +216,8 @@ def _same_settings(path: Path, recipe: Recipe, testbed: Testbed, policies: Mappi
         "methods": {label: registry.to_dict(policy) for label, policy in policies.items()},
     }
     settings = json.loads(json.dumps(settings))
-    if path.exists():
+    # What failed before its first picture binds nobody.
+    if path.exists() and any(path.parent.glob("*/*.png")):
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
             methods = dict(before.pop("methods"))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraweave.errors import LoraweaveError, unknown
+from loraweave.errors import LoraweaveError
 from loraweave.mixing.stream import Arguments
 
 FLOW = "flow_prediction"
@@ -47,35 +47,6 @@ def check_pipeline(pipe: Any) -> None:
         )
     if hasattr(pipe.scheduler, "precondition_outputs"):
         raise LoraweaveError(f"scheduler {type(pipe.scheduler).__name__}: EDM's own scaling is not supported here")
-
-
-def scheduler_named(pipe: Any, name: str | None) -> Any:
-    """A fresh copy of the pipeline's scheduler, or one of another class with the same settings.
-
-    Raises:
-        LoraweaveError: diffusers has no scheduler of this name.
-    """
-    if name is None:
-        return copy.deepcopy(pipe.scheduler)
-    import diffusers
-
-    known = [n for n in dir(diffusers) if n.endswith("Scheduler") and not n.startswith("Flax")]
-    if name not in known:
-        raise unknown("scheduler", name, known)
-    return getattr(diffusers, name).from_config(_settings(pipe.scheduler))
-
-
-def _settings(scheduler: Any) -> dict[str, Any]:
-    """A scheduler's config from which another class keeps what the pipeline has changed.
-
-    diffusers leaves out what was not in the file, even where the pipeline then set it, as Stable Diffusion's sets
-    ``clip_sample``.
-    """
-    config = dict(scheduler.config)
-    usual = inspect.signature(type(scheduler).__init__).parameters
-    untouched = config.get("_use_default_values", [])
-    config["_use_default_values"] = [n for n in untouched if n in usual and config[n] == usual[n].default]
-    return config
 
 
 def clean_estimate(scheduler: Any, prediction: Tensor, timestep: Any, sample: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 import loraweave as lw
 from loraweave.integrations import diffusers_training as runs
+from loraweave.integrations.diffusers import scheduler_named
 from loraweave.policies.mole_standard import FLOOR, Standard
 from loraweave.training.images import checkpoints
 from loraweave.training.images import train as training
@@ -33,7 +34,7 @@ def test_the_expert_whose_picture_it_is_gains_weight(
         files[name] = pipes.write(tmp_path / f"{name}.safetensors", pairs)
     mixture = attach(pipe, files, lw.MoLE(granularity="network"))
     start, call = torch.Generator().manual_seed(0), lessons.SIZE | {"num_inference_steps": 2, "guidance_scale": 1.0}
-    scheduler = runs.scheduler_named(pipe, None)
+    scheduler = scheduler_named(pipe, None)
     with mixture.only(mine):
         picture = runs.estimated_pictures(pipe, scheduler, ["a"], until=0.0, generators=[start], call=call)[0]
     shown = [(picture.detach().permute(1, 2, 0) * 255).round().byte().numpy()]
