@@ -108,14 +108,14 @@ def scheduler_named(pipe: Any, name: str | None = None, options: Mapping[str, An
         if option not in allowed:
             raise unknown(f"option of {kind.__name__}", option, allowed)
     try:
-        return kind.from_config(_settings(pipe.scheduler), **(options or {}))
+        return kind.from_config(settings_of(pipe.scheduler), **(options or {}))
     except (ValueError, TypeError, NotImplementedError) as error:
         raise LoraweaveError(
             f"scheduler {kind.__name__}: refuses its options ({str(error).splitlines()[0]})"
         ) from error
 
 
-def _settings(scheduler: Any) -> dict[str, Any]:
+def settings_of(scheduler: Any) -> dict[str, Any]:
     """A scheduler's config from which another class keeps what the pipeline has changed.
 
     diffusers leaves out what was not in the file, even where the pipeline then set it, as Stable Diffusion's sets

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.errors import LoraweaveError
+from loraweave.integrations.diffusers import settings_of
 from loraweave.mixing.stream import Arguments
 
 FLOW = "flow_prediction"
@@ -278,10 +279,10 @@ def noised(pipe: Any, latents: Tensor, noise: Tensor, u: Tensor) -> Noised:
     steps = int(scheduler.config.num_train_timesteps)
     if is_flow(scheduler):
         index = (torch.sigmoid(u) * steps).long().clamp(max=steps - 1)
-        fresh = type(scheduler).from_config({**scheduler.config, "use_dynamic_shifting": False})
+        fresh = type(scheduler).from_config({**settings_of(scheduler), "use_dynamic_shifting": False})
         s = fresh.sigmas[index].to(latents).view(-1, 1, 1, 1)
         return Noised((1 - s) * latents + s * noise, fresh.timesteps[index].to(latents), noise - latents)
-    ddpm = DDPMScheduler.from_config(scheduler.config)
+    ddpm = DDPMScheduler.from_config(settings_of(scheduler))
     t = (torch.special.ndtr(u) * steps).long().clamp(max=steps - 1).to(latents.device)
     kind = ddpm.config.prediction_type
     if kind not in ("epsilon", "v_prediction", "sample"):

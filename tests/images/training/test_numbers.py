@@ -73,6 +73,14 @@ def test_another_scheduler_keeps_what_the_pipeline_has_set(taught: Any) -> None:
     assert linspace == diffusers.DPMSolverMultistepScheduler().config.timestep_spacing == "linspace"
 
 
+def test_noise_follows_what_the_pipeline_has_set(taught: Any) -> None:
+    """Also where it was set after loading, which diffusers' own ``from_config`` forgets."""
+    pipe = copy.deepcopy(taught("sd15")[0])
+    pipe.scheduler.register_to_config(prediction_type="sample")
+    latents, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    assert torch.equal(runs.noised(pipe, latents, noise, torch.zeros(1)).target, latents)
+
+
 def test_a_run_without_guidance_by_hand(taught: Any, attach: Any) -> None:
     pipe, files = taught("sd15", True)
     attach(pipe, files, lw.MoLE())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pipes
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import image_lessons as lessons
 import pytest
 import torch
+from PIL import Image
 from torch.testing import assert_close
 
 import loraweave as lw
@@ -50,6 +52,25 @@ def test_the_expert_whose_picture_it_is_gains_weight(
     assert last[f"load/{mine}"] > 0.95
     assert last["task_loss"] < 0.2 * first["task_loss"]
     assert result.steps == 10
+
+
+@pytest.mark.parametrize("mine", ["hero", "coat"])
+def test_the_expert_whose_pictures_are_shown_gains_weight(mine: str, taught: Any, attach: Any, tmp_path: Path) -> None:
+    """Each expert is the one that removes noise from its own picture best."""
+    pipe = copy.deepcopy(taught("sd15")[0])
+    pipe.vae.register_to_config(scaling_factor=6.0)  # else this random VAE's latents are lost in the noise
+    shown = {name: Image.new("RGB", (16, 16), c) for name, c in (("hero", (255, 230, 20)), ("coat", (0, 20, 255)))}
+    files = {
+        name: pipes.write(tmp_path / f"{name}.safetensors", lessons.best_last_layer(pipe, picture))
+        for name, picture in shown.items()
+    }
+    # Standard scores are zero in the mean, and what is learned here does not depend on what is read.
+    mixture = attach(pipe, files, lw.MoLE(granularity="network", standardize=False))
+    pairs = [(shown[mine], "a")]
+    found = lessons.train(mixture, pairs, lw.Denoising(), steps=7, learning_rate=0.1, batch_size=4, balance=0.0)
+    loads = [entry[f"load/{mine}"] for entry in found.history]
+    assert loads[0] == pytest.approx(0.5, abs=0.02)
+    assert loads[-1] > 0.9
 
 
 def test_checkpointing_and_no_checkpointing_learn_the_same(taught: Any, attach: Any) -> None:
