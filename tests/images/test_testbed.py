@@ -120,6 +120,49 @@ def test_methods_that_would_have_to_learn_are_refused(
     assert "unknown option of DDIMScheduler 'clip'" in capsys.readouterr().err
 
 
+def test_trained_gates_paint_every_set_with_the_other_experts_masked(
+    recipe: Path, sets: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = sets("sd15").files
+    first, second, third = files
+    pipe = load_pipeline(str(recipe.parent / "base"), "DiffusionPipeline")
+    mixture = lw.attach(pipe, {name: str(path) for name, path in files.items()}, lw.MoLE())
+    generator = torch.Generator().manual_seed(0)
+    for _, parameter in mixture.gate_parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(generator=generator)
+    mixture.save_pretrained(recipe.parent / "gated")
+    compare = ["compare={mean: {name: mole}, gated: {saved: gated}}", "testbed.strength=1", "testbed.scheduler=null"]
+    assert main(["testbed", str(recipe), "-o", str(tmp_path / "a"), *compare]) == 2
+    assert "compare.mean: mole learns" in capsys.readouterr().err
+    compare[0] = "compare={mean: {name: linear}, gated: {saved: gated}}"
+    assert main(["testbed", str(recipe), "-o", str(tmp_path), *compare]) == 0
+    painted = {}
+    for one, prompt in (((first, second), "hero, coat"), ((first, third), "hero, hat")):
+        painted[one] = Image.open(tmp_path / "gated" / f"{'+'.join(one)}.png").tobytes()
+        with mixture.only(*one):
+            start = torch.Generator().manual_seed(0)
+            direct = pipe(prompt, num_inference_steps=2, width=16, height=16, generator=start).images[0]
+        assert painted[one] == direct.tobytes()
+        assert painted[one] != Image.open(tmp_path / "mean" / f"{'+'.join(one)}.png").tobytes()
+    # Other gates in the same folder are another method.
+    next(iter(mixture.gate_parameters()))[1].data.add_(1.0)
+    mixture.save_pretrained(recipe.parent / "gated")
+    assert main(["testbed", str(recipe), "-o", str(tmp_path), *compare]) == 2
+    assert "painted with other settings" in capsys.readouterr().err
+    mixture.detach()
+    lw.attach(pipe, {name: str(files[name]) for name in (first, second)}, lw.MoLE()).save_pretrained(tmp_path / "two")
+    wrong = {
+        f"compare={{two: {{saved: {tmp_path / 'two'}}}}}": f"needs {third}, too; train gates over all experts",
+        "compare={gone: {saved: nowhere}}": "compare.gone.saved: ",
+        "compare={gated: {saved: gated, scale: 2}}": "remove what stands beside 'saved'",
+        "compare={gated: {saved: gated, train: {steps: 2}}}": "remove what stands beside 'saved'",
+    }
+    for override, said in wrong.items():
+        assert main(["testbed", str(recipe), "-o", str(tmp_path / "b"), override]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_painted_pictures_are_scored(
     recipe: Path, sets: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
