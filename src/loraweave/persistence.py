@@ -142,6 +142,17 @@ def saved_policy(folder: str | Path) -> Any:
     return registry.from_dict(_field(_read_json(place / MIXTURE), "method", dict, place))
 
 
+def saved_experts(folder: str | Path) -> list[str]:
+    """The names of a saved mixture's experts, in its order.
+
+    Raises:
+        LoraweaveError: not a saved mixture, or of another format.
+    """
+    place = Path(folder)
+    entries = _field(_read_json(place / MIXTURE), "experts", list, place)
+    return [str(entry.get("name") if isinstance(entry, Mapping) else None) for entry in entries]
+
+
 def adopt(mixture: Mixture, folder: str | Path) -> None:
     """Give an attached mixture the method and the gates of a saved one of the same experts.
 
@@ -151,11 +162,11 @@ def adopt(mixture: Mixture, folder: str | Path) -> None:
         LoraweaveError: not a saved mixture, of other experts, or its gates do not fit; the method stays as it was.
     """
     place, before = Path(folder), mixture.policy
+    names = saved_experts(place)
     entries = _field(_read_json(place / MIXTURE), "experts", list, place)
-    names = [entry.get("name") if isinstance(entry, Mapping) else None for entry in entries]
     if names != list(mixture.experts):
         raise LoraweaveError(
-            f"{place}: it mixes the experts {', '.join(map(str, names))}, these are {', '.join(mixture.experts)}; "
+            f"{place}: it mixes the experts {', '.join(names)}, these are {', '.join(mixture.experts)}; "
             "name the same in the same order"
         )
     for entry, expert in zip(entries, mixture.sources, strict=True):

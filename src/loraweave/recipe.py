@@ -84,10 +84,20 @@ class Contestant(Method):
 
 
 class Contender(_Part):
-    """A method that takes part in a comparison, and what it does differently from ``train``."""
+    """A method that takes part in a comparison, and what it does differently from ``train``; or a saved mixture."""
 
-    method: Contestant
+    method: Contestant = Field(default_factory=Contestant)
     train: dict[str, Any] = Field(default={}, description="fields of 'train' that differ for this method")
+    saved: str | None = Field(
+        default=None,
+        description="pictures: folder of a mixture that 'loraweave train' saved, with its method and gates",
+    )
+
+    @model_validator(mode="after")
+    def _either(self) -> Contender:
+        if self.saved is not None and self.model_fields_set & {"method", "train"}:
+            raise LoraweaveError("a saved mixture brings its own trained method; remove what stands beside 'saved'")
+        return self
 
 
 class Task(_Part):
@@ -349,13 +359,18 @@ def _known_metric(name: str | None) -> str | None:
 
 
 def _contender(label: str, entry: Any) -> Any:
-    """``mole``, ``{scale: 1}`` under the label ``mole``, or ``{name: mole, train: {...}}`` -> a contender's fields."""
+    """``mole``, ``{scale: 1}`` under the label ``mole``, ``{name: mole, train: {...}}``, or ``{saved: folder}`` -> a
+    contender's fields."""
     if entry is None:
         entry = {}
     if isinstance(entry, str):
         entry = {"name": entry}
     if not isinstance(entry, Mapping) or "method" in entry:
         return entry
+    if "saved" in entry:
+        # What stands beside it is refused by the contender itself.
+        given = {name: value for name, value in entry.items() if name in ("saved", "train")}
+        return given if given == entry else {**given, "method": {}}
     options = {"name": label, **entry}
     train = options.pop("train", {})
     return {"method": options, "train": train}
@@ -382,6 +397,10 @@ def _placed(recipe: Recipe, folder: Path) -> Recipe:
     merged = {name: merge.placed(maybe) for name, merge in recipe.merged.items()}
     placed = {"base": maybe(recipe.base), "experts": experts, "merged": merged, "data": data}
     placed |= {"testbed": recipe.testbed and recipe.testbed.placed(folder)}
+    placed["compare"] = {
+        label: contender.model_copy(update={"saved": file(contender.saved)}) if contender.saved else contender
+        for label, contender in recipe.compare.items()
+    }
     return recipe.model_copy(update=placed | {"images": recipe.images and recipe.images.placed(folder, maybe)})
 
 

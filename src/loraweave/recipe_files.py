@@ -47,6 +47,8 @@ def needs(recipe: Recipe, folder: str | Path = ".") -> list[Need]:
         place = f"data.tasks.{name}" if recipe.data.tasks else "data"
         add(f"{place}.train", task.train)
         add(f"{place}.test", task.test)
+    for label, contender in recipe.compare.items():
+        add(f"compare.{label}.saved", contender.saved)
     if recipe.testbed is not None:
         add("testbed.vae", recipe.testbed.vae)
         for name, element in recipe.testbed.elements.items():

@@ -86,7 +86,7 @@ class Testbed(_Part):
     guidance: float | None = Field(default=None, description="default: the pipeline's")
     size: tuple[int, int] | None = Field(default=None, description="width and height; default: the pipeline's")
     scheduler: str | None = Field(default=None, description="a scheduler of diffusers, by its class")
-    scheduler_options: dict[str, Any] = {}
+    scheduler_options: dict[str, Any] = Field(default={}, description="its settings that differ from the base's")
     vae: str | None = Field(default=None, description="folder or hub id of another VAE")
 
     @field_validator("seeds", mode="before")

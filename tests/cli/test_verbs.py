@@ -206,6 +206,23 @@ def test_plot_draws(run: Run, refused: Run, mixture: Path, recipe: Path, tmp_pat
     assert not (tmp_path / "none.png").exists()
 
 
+def test_plot_of_weights_that_no_input_changes_needs_none(
+    run: Run, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loraweave.reporting import plots
+
+    drawn: list[Any] = []
+    draw = plots.heat_maps
+    monkeypatch.setattr(plots, "heat_maps", lambda panels, *rest: (drawn.append(panels), draw(panels, *rest)))
+    told = (world / "recipe.yaml").read_text().partition("data:")[0].replace("mole", "cat")
+    (world / "cat.yaml").write_text(told)
+    run("plot", world / "cat.yaml", "-o", tmp_path / "cat.png")
+    ((panel,),) = [list(panels.values()) for panels in drawn]
+    assert len(panel) > 1
+    for weights in panel.values():
+        assert weights == pytest.approx([1 / len(weights)] * len(weights))
+
+
 # ---------------------------------------------------------------- compare
 
 

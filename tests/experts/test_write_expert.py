@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_adapters import tiny
 
+import loraweave as lw
 from loraweave.errors import LoraweaveError
 from loraweave.experts.inspection import inspect
 from loraweave.experts.reader import read_expert
@@ -29,6 +30,20 @@ def outputs(kind, folder):
         model = peft.PeftModel.from_pretrained(tiny(kind), folder).eval()
     with torch.no_grad():
         return model(input_ids=IDS, **({"decoder_input_ids": IDS} if kind == "t5" else {})).logits
+
+
+def test_double_precision_is_written_and_read_as_peft_reads_it(make_adapter, tmp_path):
+    original = read_expert(make_adapter("llama"))
+    doubled = {path: dataclasses.replace(f, A=f.A.double() / 3, B=f.B.double()) for path, f in original.factors.items()}
+    folder = write_expert(doubled, tmp_path / "double")
+    read = read_expert(folder)
+    for path, factor in doubled.items():
+        assert read.factors[path].A.dtype == torch.float64
+        assert torch.equal(read.factors[path].A, factor.A)
+    # In the model's own precision, as peft.
+    mixture = lw.attach(tiny("llama").eval(), {"one": str(folder)}, lw.Sum())
+    with torch.no_grad():
+        torch.testing.assert_close(mixture.model(input_ids=IDS).logits, outputs("llama", folder))
 
 
 @pytest.mark.parametrize(

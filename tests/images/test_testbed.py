@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pipes
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 import loraweave as lw
 from loraweave.cli import main
+from loraweave.cli.testbed_painting import _pipeline
 from loraweave.evaluation.image_metrics import Clip, image_alignment, text_alignment
 from loraweave.evaluation.judges.pictures import read_pictures
 from loraweave.integrations.diffusers import load_pipeline
+from loraweave.recipe import load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +89,25 @@ def test_a_picture_is_what_the_library_paints(recipe: Path, sets: Any, tmp_path:
     assert painted.tobytes() == direct.tobytes()
 
 
+def test_another_scheduler_keeps_what_the_pipeline_has_set(recipe: Path, tmp_path: Path) -> None:
+    """Files of Stable Diffusion do not say ``clip_sample``; its pipeline turns it off, DDIM and DDPM have it on."""
+    shutil.copytree(recipe.parent / "base", tmp_path / "base")
+    place = tmp_path / "base" / "scheduler" / "scheduler_config.json"
+    config = json.loads(place.read_text())
+    assert config.pop("clip_sample") is False
+    place.write_text(json.dumps(config))
+    options = ["testbed.scheduler=DDPMScheduler", "testbed.scheduler_options={thresholding: true}"]
+    bed = load_recipe(recipe, options).testbed
+    assert bed is not None
+    read = load_recipe(recipe, [f"base={tmp_path / 'base'}"])
+    found = _pipeline(read, bed).scheduler
+    assert type(found).__name__ == "DDPMScheduler"
+    assert (found.config.clip_sample, found.config.thresholding) == (False, True)
+    # Options alone change the base's own scheduler.
+    found = _pipeline(read, bed.model_copy(update={"scheduler": None})).scheduler
+    assert (type(found).__name__, found.config.clip_sample, found.config.thresholding) == ("DDIMScheduler", False, True)
+
+
 def test_methods_that_would_have_to_learn_are_refused(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,6 +116,51 @@ def test_methods_that_would_have_to_learn_are_refused(
     assert not list(tmp_path.glob("**/*.png"))
     assert main(["testbed", str(recipe), "-o", str(tmp_path / "b"), "testbed.scheduler=DDIMShedule"]) == 2
     assert "did you mean 'DDIMScheduler'" in capsys.readouterr().err
+    assert main(["testbed", str(recipe), "-o", str(tmp_path / "b"), "testbed.scheduler_options={clip: 1}"]) == 2
+    assert "unknown option of DDIMScheduler 'clip'" in capsys.readouterr().err
+
+
+def test_trained_gates_paint_every_set_with_the_other_experts_masked(
+    recipe: Path, sets: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = sets("sd15").files
+    first, second, third = files
+    pipe = load_pipeline(str(recipe.parent / "base"), "DiffusionPipeline")
+    mixture = lw.attach(pipe, {name: str(path) for name, path in files.items()}, lw.MoLE())
+    generator = torch.Generator().manual_seed(0)
+    for _, parameter in mixture.gate_parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(generator=generator)
+    mixture.save_pretrained(recipe.parent / "gated")
+    compare = ["compare={mean: {name: mole}, gated: {saved: gated}}", "testbed.strength=1", "testbed.scheduler=null"]
+    assert main(["testbed", str(recipe), "-o", str(tmp_path / "a"), *compare]) == 2
+    assert "compare.mean: mole learns" in capsys.readouterr().err
+    compare[0] = "compare={mean: {name: linear}, gated: {saved: gated}}"
+    assert main(["testbed", str(recipe), "-o", str(tmp_path), *compare]) == 0
+    painted = {}
+    for one, prompt in (((first, second), "hero, coat"), ((first, third), "hero, hat")):
+        painted[one] = Image.open(tmp_path / "gated" / f"{'+'.join(one)}.png").tobytes()
+        with mixture.only(*one):
+            start = torch.Generator().manual_seed(0)
+            direct = pipe(prompt, num_inference_steps=2, width=16, height=16, generator=start).images[0]
+        assert painted[one] == direct.tobytes()
+        assert painted[one] != Image.open(tmp_path / "mean" / f"{'+'.join(one)}.png").tobytes()
+    # Other gates in the same folder are another method.
+    next(iter(mixture.gate_parameters()))[1].data.add_(1.0)
+    mixture.save_pretrained(recipe.parent / "gated")
+    assert main(["testbed", str(recipe), "-o", str(tmp_path), *compare]) == 2
+    assert "painted with other settings" in capsys.readouterr().err
+    mixture.detach()
+    lw.attach(pipe, {name: str(files[name]) for name in (first, second)}, lw.MoLE()).save_pretrained(tmp_path / "two")
+    wrong = {
+        f"compare={{two: {{saved: {tmp_path / 'two'}}}}}": f"needs {third}, too; train gates over all experts",
+        "compare={gone: {saved: nowhere}}": "compare.gone.saved: ",
+        "compare={gated: {saved: gated, scale: 2}}": "remove what stands beside 'saved'",
+        "compare={gated: {saved: gated, train: {steps: 2}}}": "remove what stands beside 'saved'",
+    }
+    for override, said in wrong.items():
+        assert main(["testbed", str(recipe), "-o", str(tmp_path / "b"), override]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_painted_pictures_are_scored(

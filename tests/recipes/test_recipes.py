@@ -148,10 +148,51 @@ def test_a_small_form_runs_with_the_papers_figures_beside_ours(
 @pytest.mark.slow
 @pytest.mark.parametrize("path", SMALL, ids=name)
 def test_every_small_form_runs(path: Path, tmp_path: Path) -> None:
+    if load_recipe(path, small=True).testbed is not None:
+        assert main(paint_small(path, tmp_path)) == 0
+        return
     quick = ["train.steps=2", "train.seeds=[0]", "data.train_items=8", "data.test_items=10"]
     assert main(["compare", str(path), "--small", "-o", str(tmp_path / "out"), *quick]) == 0
 
 
+def paint_small(path: Path, out: Path) -> list[str]:
+    """The smallest run of a test bed's small form."""
+    quick = ["--limit", "1", "testbed.steps=1", "testbed.seeds=[0]"]
+    return ["testbed", str(path), "--small", "-o", str(out), "--clip", "zoo:images/clip-metrics", *quick]
+
+
+def test_a_table_of_pictures_runs_in_its_small_form(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
+    path = ROOT / "mole" / "table02" / "n3.yaml"
+    assert main([*paint_small(path, tmp_path), 'testbed.prompts=["a {tengu} in a {faerie}, with a {quarter}"]']) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 sets by nla, sum: 2 pictures" in said
+    assert "MoLE, Table 2: 3 concepts (CLIP): figures of the paper, and ours on the bundled zoo" in said
+    ours = json.loads((tmp_path / "alignment.json").read_text())["scores"]
+    assert re.search(rf"text_alignment\s+0\.678\s+{ours['nla']['text_alignment']:.3f}", said)
+    (row,) = map(json.loads, (tmp_path / "pictures.jsonl").read_text().splitlines())
+    assert row["prompt"] == "a kenku tengu in a sylva faerie mail, with a mirel quartered shield"
+
+
+@pytest.mark.parametrize("path", [path for path in SMALL if "base: zoo:images" in path.read_text()], ids=name)
+def test_small_test_beds_name_their_loras_by_the_words_that_call_them(path: Path) -> None:
+    from loraweave.zoo import images
+
+    small, full = load_recipe(path, small=True), load_recipe(path)
+    assert small.testbed is not None
+    assert full.testbed is not None
+    known = images.skills()
+    assert {n: e.triggers for n, e in small.testbed.elements.items()} == {n: (known[n]["words"],) for n in small.names}
+    assert [len(one.experts) for one in small.testbed.sets()] == [len(one.experts) for one in full.testbed.sets()]
+    layers = [known[name]["layer"] for one in small.testbed.sets() for name in one.experts if not full.testbed.sizes]
+    assert len(set(layers)) == len(layers)
+    assert len({one for chosen in small.testbed.sets() for one in small.testbed.prompts_of(chosen)}) >= 5
+
+
 def test_no_small_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare", str(COMPOSLORA["anime"]), "--small", "-o", str(tmp_path / "out")]) == 2
+    place = tmp_path / "recipe.yaml"
+    place.write_text("base: someone/base\nexperts: [someone/lora]\n")
+    assert main(["compare", str(place), "--small", "-o", str(tmp_path / "out")]) == 2
     assert "has no small form (section 'small')" in capsys.readouterr().err

@@ -214,6 +214,9 @@ def average_weights(
             if texts:
                 predict(mixture.model, tokenizer, texts, description=f"weights {name}".strip(), **settings)
         averages = seen.average()
+        for site in mixture.sites:
+            if site.name not in averages and hasattr(site.gate, "constant"):
+                averages[site.name] = site.gate.constant().tolist()  # type: ignore[operator, union-attr]  # of no input
         panels[name] = {site.name: averages[site.name] for site in mixture.sites if site.name in averages}
     return panels
 

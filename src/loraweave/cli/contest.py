@@ -72,7 +72,12 @@ class Contest:
     def __init__(self, recipe: Recipe, cells: Cells, process: Process) -> None:
         self.recipe, self.cells, self.process = recipe, cells, process
         self.contenders = dict(recipe.compare) or default_contenders(recipe)
-        for label in self.contenders:
+        for label, contender in self.contenders.items():
+            if contender.saved is not None:
+                raise LoraweaveError(
+                    f"compare.{label}.saved: is for pictures (loraweave testbed, loraweave image); a comparison trains "
+                    "every method itself, and 'loraweave evaluate' measures a saved mixture"
+                )
             if label == BASE or label.startswith(single("")):
                 raise LoraweaveError(f"compare.{label}: every comparison has such a row; choose another label")
         self.seeds = recipe.train.seeds or (recipe.train.seed,)

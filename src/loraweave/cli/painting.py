@@ -82,13 +82,32 @@ class Way(NamedTuple):
     saved: Path | None = None
 
 
+def contestants(recipe: Recipe) -> dict[str, Way]:
+    """Label -> method or saved mixture of the recipe's ``compare``.
+
+    Raises:
+        LoraweaveError: a folder holds no saved mixture.
+    """
+    found = {}
+    for label, contender in recipe.compare.items():
+        if contender.saved is None:
+            found[label] = Way(contender.method.policy())
+            continue
+        place = Path(contender.saved)
+        try:
+            found[label] = Way(persistence.saved_policy(place), place)
+        except LoraweaveError as error:
+            raise LoraweaveError(f"compare.{label}.saved: {error}") from error
+    return found
+
+
 def chosen(recipe: Recipe, names: list[str]) -> dict[str, Way]:
     """Label -> method; a saved mixture is called like its folder.
 
     Raises:
         LoraweaveError: a name is neither a label of the recipe, a method nor a saved mixture, or is given twice.
     """
-    labels = {label: Way(contender.method.policy()) for label, contender in recipe.compare.items()}
+    labels = contestants(recipe)
     if not names:
         return labels or {recipe.method.name: Way(recipe.method.policy())}
     if len(set(names)) < len(names):

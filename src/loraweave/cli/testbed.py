@@ -14,6 +14,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=positive, metavar="N", help="that many sets, evenly spread (default: all)")
     parser.add_argument("--clip", metavar="MODEL", help="score the pictures with this CLIP model; needs -o")
     parser.add_argument("--dino", metavar="MODEL", help="and with this DINO model; needs --clip")
+    parser.add_argument("--small", action="store_true", help="the recipe's small form, on what is bundled")
     parser.add_argument("overrides", metavar="FIELD=VALUE", nargs="*", help="recipe fields, e.g. testbed.steps=30")
 
 
@@ -24,7 +25,7 @@ def _run(options: argparse.Namespace) -> None:
     for given, needed in (("clip", "out"), ("dino", "clip")):
         if getattr(options, given) is not None and getattr(options, needed) is None:
             raise LoraweaveError(f"--{given} goes with --{needed}; give both")
-    recipe = load_recipe(options.recipe, options.overrides)
+    recipe = load_recipe(options.recipe, options.overrides, small=options.small)
     if options.out is None:
         from loraweave.evaluation.testbed import listed
 
@@ -45,6 +46,10 @@ VERB = Verb(
     examples=[
         ("loraweave testbed recipes/composlora/anime.yaml", "the sets and their prompts"),
         ("loraweave testbed recipes/composlora/anime.yaml -o out/anime --limit 24", "paint some of them"),
+        (
+            "loraweave testbed recipes/mole/table02/n3.yaml --small -o out/n3 --clip zoo:images/clip-metrics",
+            "the bundled form of a table, painted and scored",
+        ),
     ],
     arguments=_arguments,
     run=_run,

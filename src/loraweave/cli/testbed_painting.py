@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 import sys
@@ -16,6 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from loraweave import persistence
+from loraweave.cli.painting import Way, contestants
 from loraweave.errors import LoraweaveError, unknown
 from loraweave.evaluation.testbed import chosen_sets, testbed_of
 from loraweave.experts.resolve import resolve_experts
@@ -49,15 +52,15 @@ def paint(
     """
     testbed, out = testbed_of(recipe), Path(out)
     chosen = chosen_sets(testbed, ids, limit)
-    policies = {label: c.method.policy() for label, c in recipe.compare.items()}
-    policies = policies or {recipe.method.name: recipe.method.policy()}
-    _same_settings(out / SETTINGS, recipe, testbed, policies)
-    jobs = {one: _jobs(testbed, one, policies, out) for one in chosen}
+    ways = contestants(recipe) or {recipe.method.name: Way(recipe.method.policy())}
+    _refuse_strangers(recipe, ways, chosen)
+    _same_settings(out / SETTINGS, recipe, testbed, ways)
+    jobs = {one: _jobs(testbed, one, ways, out) for one in chosen}
     todo = {one: [job for job in of_set if not job.path.exists()] for one, of_set in jobs.items()}
     total, left = sum(map(len, jobs.values())), sum(map(len, todo.values()))
-    print(f"{len(chosen)} sets by {', '.join(policies)}: {total} pictures, {total - left} of them there already")
+    print(f"{len(chosen)} sets by {', '.join(ways)}: {total} pictures, {total - left} of them there already")
     if left:
-        _paint(recipe, testbed, todo, policies, left)
+        _paint(recipe, testbed, todo, ways, left)
     rows = [row for one in chosen for row in _rows(testbed, one, jobs[one], out)]
     write_text_atomic(out / PICTURES, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(f"{out / PICTURES}: {len(rows)} rows; try: loraweave judge {out / PICTURES} -o {out / 'judged'} --dry-run")
@@ -133,43 +136,57 @@ def _paint(
     recipe: Recipe,
     testbed: Testbed,
     todo: Mapping[CompositionSet, Sequence[_Job]],
-    policies: Mapping[str, Any],
+    ways: Mapping[str, Way],
     total: int,
 ) -> None:
     pipe = _pipeline(recipe, testbed)
-    needed = dict.fromkeys(name for one, jobs in todo.items() if jobs for name in one.experts)
+    plain = {label: way.policy for label, way in ways.items() if way.saved is None}
+    saved = {label: way.saved for label, way in ways.items() if way.saved is not None}
+    all_of = {label: persistence.saved_experts(place) for label, place in saved.items()}
+    needed = {name for one, jobs in todo.items() if jobs for name in one.experts}.union(*all_of.values())
     sources = {name: source for name, source in recipe.sources().items() if name in needed}
     experts = {e.name: _scaled(e, testbed.strength) for e in resolve_experts(sources, open_host(pipe, None).read)}
     with tqdm(total=total, desc="painting", unit="picture", disable=not sys.stderr.isatty()) as bar:
         for one, jobs in todo.items():
-            if not jobs:
+            own = [job for job in jobs if job.method in plain]
+            if not own:
                 continue
             mixture = attach(pipe, {name: experts[name] for name in one.experts}, Sum())
             try:
-                _refuse_untrained(mixture, policies)
-                for job in jobs:
-                    mixture.policy = policies[job.method]
-                    picture = _picture(pipe, testbed, job)
-                    with atomic_path(job.path) as path:
-                        picture.save(path, format="PNG")
-                    bar.update()
+                _refuse_untrained(mixture, plain)
+                for job in own:
+                    mixture.policy = plain[job.method]
+                    _finish(pipe, testbed, job, bar)
             finally:
                 mixture.detach()
+        for label, place in saved.items():
+            # Its gates know all their experts; those that a set does not have are masked.
+            mixture = attach(pipe, {name: experts[name] for name in all_of[label]}, Sum())
+            try:
+                persistence.adopt(mixture, place)
+                for one, jobs in todo.items():
+                    with mixture.only(*one.experts):
+                        for job in jobs:
+                            if job.method == label:
+                                _finish(pipe, testbed, job, bar)
+            finally:
+                mixture.detach()
+
+
+def _finish(pipe: Any, testbed: Testbed, job: _Job, bar: Any) -> None:
+    picture = _picture(pipe, testbed, job)
+    with atomic_path(job.path) as path:
+        picture.save(path, format="PNG")
+    bar.update()
 
 
 def _pipeline(recipe: Recipe, testbed: Testbed) -> Any:
     import diffusers
 
-    from loraweave.integrations.diffusers import load_pipeline
+    from loraweave.integrations.diffusers import load_pipeline, scheduler_named
 
     pipe: Any = load_pipeline(recipe.base, "DiffusionPipeline")
-    if testbed.scheduler is not None:
-        kind: Any = getattr(diffusers, testbed.scheduler, None)
-        if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-            known = [name for name in dir(diffusers) if name.endswith("Scheduler")]
-            raise unknown("scheduler", testbed.scheduler, known)
-        scheduler: Any = kind
-        pipe.scheduler = scheduler.from_config({**pipe.scheduler.config, **testbed.scheduler_options})
+    pipe.scheduler = scheduler_named(pipe, testbed.scheduler, testbed.scheduler_options)
     if testbed.vae is not None:
         try:
             pipe.vae = diffusers.AutoencoderKL.from_pretrained(testbed.vae)
@@ -188,13 +205,30 @@ def _scaled(expert: Expert, strength: float) -> Expert:
     return dataclasses.replace(expert, factors=factors)
 
 
+def _refuse_strangers(recipe: Recipe, ways: Mapping[str, Way], chosen: Sequence[CompositionSet]) -> None:
+    """Raise unless every saved mixture is of the recipe's experts and has those of every set."""
+    for label, way in ways.items():
+        if way.saved is None:
+            continue
+        names = persistence.saved_experts(way.saved)
+        for name in names:
+            if name not in recipe.names:
+                raise LoraweaveError(f"compare.{label}.saved: {way.saved}: {unknown('expert', name, recipe.names)}")
+        for one in chosen:
+            if lacking := [name for name in one.experts if name not in names]:
+                raise LoraweaveError(
+                    f"compare.{label}.saved: {way.saved} mixes {', '.join(names)}, but the set {one.id} needs "
+                    f"{', '.join(lacking)}, too; train gates over all experts of the test bed"
+                )
+
+
 def _refuse_untrained(mixture: Mixture, policies: Mapping[str, Any]) -> None:
     for label, policy in policies.items():
         mixture.policy = policy
         if learns(mixture):
             raise LoraweaveError(
-                f"compare.{label}: {policy.name} learns, and nothing here trains it for pictures; leave it out, "
-                "e.g. compare=[switch,composite]"
+                f"compare.{label}: {policy.name} learns, and nothing here trains it for pictures; train it with "
+                f"'loraweave train' and write compare.{label}: {{saved: FOLDER}}, or leave it out"
             )
 
 
@@ -209,7 +243,7 @@ def _picture(pipe: Any, testbed: Testbed, job: _Job) -> Any:
     return pipe(**call, generator=torch.Generator().manual_seed(job.seed)).images[0]
 
 
-def _same_settings(path: Path, recipe: Recipe, testbed: Testbed, policies: Mapping[str, Any]) -> None:
+def _same_settings(path: Path, recipe: Recipe, testbed: Testbed, ways: Mapping[str, Way]) -> None:
     """Note how the pictures are painted; pictures with other settings must not be mixed with them.
 
     Other methods, and sets that more pictures are made of, are no other settings.
@@ -219,10 +253,11 @@ def _same_settings(path: Path, recipe: Recipe, testbed: Testbed, policies: Mappi
         "base": recipe.base,
         "experts": dict(recipe.experts),
         "testbed": described,
-        "methods": {label: registry.to_dict(policy) for label, policy in policies.items()},
+        "methods": {label: _described(way) for label, way in ways.items()},
     }
     settings = json.loads(json.dumps(settings))
-    if path.exists():
+    # What failed before its first picture binds nobody.
+    if path.exists() and any(path.parent.glob("*/*.png")):
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
             methods = dict(before.pop("methods"))
@@ -233,3 +268,13 @@ def _same_settings(path: Path, recipe: Recipe, testbed: Testbed, policies: Mappi
             raise LoraweaveError(f"{path.parent}: its pictures were painted with other settings; choose another folder")
         settings["methods"] = methods | now
     write_json_atomic(path, settings)
+
+
+def _described(way: Way) -> dict[str, Any]:
+    """A method, with what tells one training of its gates from another."""
+    described: dict[str, Any] = registry.to_dict(way.policy)
+    if way.saved is None:
+        return described
+    gates = way.saved / persistence.GATES
+    digest = hashlib.sha256(gates.read_bytes()).hexdigest() if gates.is_file() else None
+    return described | {"saved": {"experts": persistence.saved_experts(way.saved), "gates": digest}}

@@ -26,7 +26,7 @@ SIZES = {
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
 }  # fmt: skip
 """Bytes an element, by the dtype's name in the header."""
-MIXABLE_DTYPES = ("F32", "F16", "BF16")
+MIXABLE_DTYPES = ("F64", "F32", "F16", "BF16")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 

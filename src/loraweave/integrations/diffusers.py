@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loraweave.errors import LoraweaveError
+from loraweave.errors import LoraweaveError, unknown
 from loraweave.integrations.host import Host
 from loraweave.mixing.anatomy import Anatomy, find_blocks, named_blocks
 from loraweave.mixing.denoiser import Staging
@@ -82,6 +84,52 @@ def load_pipeline(name: str, kind: str) -> Any:
         if isinstance(part, nn.Module) and getattr(part, "dtype", None) in (torch.float16, torch.bfloat16):
             part.float()
     return pipe
+
+
+def scheduler_named(pipe: Any, name: str | None = None, options: Mapping[str, Any] | None = None) -> Any:
+    """A fresh copy of the pipeline's scheduler, or one of another class with the same settings.
+
+    Args:
+        pipe: whose settings are kept.
+        name: a scheduler class of diffusers; default: the pipeline's own.
+        options: settings that differ.
+
+    Raises:
+        LoraweaveError: diffusers has no scheduler of this name, or an option is unknown or refused.
+    """
+    if name is None and not options:
+        return copy.deepcopy(pipe.scheduler)
+    import diffusers
+
+    kind: Any = type(pipe.scheduler)
+    if name is not None:
+        known = [n for n in dir(diffusers) if n.endswith("Scheduler") and not n.startswith("Flax")]
+        if name not in known:
+            raise unknown("scheduler", name, known)
+        kind = getattr(diffusers, name)
+    allowed = [n for n in inspect.signature(kind.__init__).parameters if n not in ("self", "kwargs")]
+    for option in options or ():
+        if option not in allowed:
+            raise unknown(f"option of {kind.__name__}", option, allowed)
+    try:
+        return kind.from_config(settings_of(pipe.scheduler), **(options or {}))
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise LoraweaveError(
+            f"scheduler {kind.__name__}: refuses its options ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def settings_of(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's config from which another class keeps what the pipeline has changed.
+
+    diffusers leaves out what was not in the file, even where the pipeline then set it, as Stable Diffusion's sets
+    ``clip_sample``.
+    """
+    config = dict(scheduler.config)
+    usual = inspect.signature(type(scheduler).__init__).parameters
+    untouched = config.get("_use_default_values", [])
+    config["_use_default_values"] = [n for n in untouched if n in usual and config[n] == usual[n].default]
+    return config
 
 
 def open_pipeline(pipe: Any, blocks: Iterable[str] | None = None) -> Host:

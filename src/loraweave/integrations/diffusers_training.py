@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraweave.errors import LoraweaveError, unknown
+from loraweave.errors import LoraweaveError
+from loraweave.integrations.diffusers import settings_of
 from loraweave.mixing.stream import Arguments
 
 FLOW = "flow_prediction"
@@ -47,35 +48,6 @@ def check_pipeline(pipe: Any) -> None:
         )
     if hasattr(pipe.scheduler, "precondition_outputs"):
         raise LoraweaveError(f"scheduler {type(pipe.scheduler).__name__}: EDM's own scaling is not supported here")
-
-
-def scheduler_named(pipe: Any, name: str | None) -> Any:
-    """A fresh copy of the pipeline's scheduler, or one of another class with the same settings.
-
-    Raises:
-        LoraweaveError: diffusers has no scheduler of this name.
-    """
-    if name is None:
-        return copy.deepcopy(pipe.scheduler)
-    import diffusers
-
-    known = [n for n in dir(diffusers) if n.endswith("Scheduler") and not n.startswith("Flax")]
-    if name not in known:
-        raise unknown("scheduler", name, known)
-    return getattr(diffusers, name).from_config(_settings(pipe.scheduler))
-
-
-def _settings(scheduler: Any) -> dict[str, Any]:
-    """A scheduler's config from which another class keeps what the pipeline has changed.
-
-    diffusers leaves out what was not in the file, even where the pipeline then set it, as Stable Diffusion's sets
-    ``clip_sample``.
-    """
-    config = dict(scheduler.config)
-    usual = inspect.signature(type(scheduler).__init__).parameters
-    untouched = config.get("_use_default_values", [])
-    config["_use_default_values"] = [n for n in untouched if n in usual and config[n] == usual[n].default]
-    return config
 
 
 def clean_estimate(scheduler: Any, prediction: Tensor, timestep: Any, sample: Tensor) -> Tensor:
@@ -307,10 +279,10 @@ def noised(pipe: Any, latents: Tensor, noise: Tensor, u: Tensor) -> Noised:
     steps = int(scheduler.config.num_train_timesteps)
     if is_flow(scheduler):
         index = (torch.sigmoid(u) * steps).long().clamp(max=steps - 1)
-        fresh = type(scheduler).from_config({**scheduler.config, "use_dynamic_shifting": False})
+        fresh = type(scheduler).from_config({**settings_of(scheduler), "use_dynamic_shifting": False})
         s = fresh.sigmas[index].to(latents).view(-1, 1, 1, 1)
         return Noised((1 - s) * latents + s * noise, fresh.timesteps[index].to(latents), noise - latents)
-    ddpm = DDPMScheduler.from_config(scheduler.config)
+    ddpm = DDPMScheduler.from_config(settings_of(scheduler))
     t = (torch.special.ndtr(u) * steps).long().clamp(max=steps - 1).to(latents.device)
     kind = ddpm.config.prediction_type
     if kind not in ("epsilon", "v_prediction", "sample"):

@@ -50,7 +50,7 @@ def published_table(results: Mapping[str, Any]) -> Table | None:
     if not rows:
         return None
     published = results["recipe"]["published"]
-    small = " on the bundled zoo" if results["recipe"].get("base") == "zoo" else ""
+    small = " on the bundled zoo" if results["recipe"].get("base") in ("zoo", "zoo:images") else ""
     note = f" ({published['note']})" if published.get("note") else ""
     title = f"{published['source']}: figures of the paper, and ours{small}{note}"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")

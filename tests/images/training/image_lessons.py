@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel
 
 import loraweave as lw
+from loraweave.integrations import diffusers_training as runs
 from loraweave.integrations.clip import Clip
 from loraweave.mixture import Mixture
 
@@ -62,6 +63,25 @@ def guidance(**options: Any) -> lw.ClipGuidance:
 def picture(seed: int = 0) -> Image.Image:
     values = np.random.RandomState(seed).randint(0, 255, (pipes.SIZE, pipes.SIZE, 3))
     return Image.fromarray(values.astype("uint8"))
+
+
+def best_last_layer(pipe: Any, picture: Image.Image, draws: int = 64) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The LoRA of the denoiser's last layer that predicts best, in least squares, what noise this picture was given."""
+    seen: dict[str, torch.Tensor] = {}
+    hook = pipe.unet.conv_out.register_forward_hook(lambda _, args, out: seen.update(read=args[0], said=out))
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].double() / 255
+    generator = torch.Generator().manual_seed(5)
+    latents = runs.encoded(pipe, pixels).expand(draws, -1, -1, -1)
+    noise = torch.randn(latents.shape, generator=generator).double()
+    noised = runs.noised(pipe, latents, noise, torch.randn(draws, generator=generator))
+    with torch.no_grad():
+        pipe.unet(noised.sample, noised.timestep, pipe.encode_prompt("a", "cpu", 1, False)[0].expand(draws, -1, -1))
+    hook.remove()
+    read = torch.nn.functional.unfold(seen["read"], 3, padding=1).mT.flatten(0, 1)
+    lacking = (noised.target - seen["said"]).flatten(2).mT.flatten(0, 1)
+    kernel = torch.linalg.lstsq(read, lacking).solution.mT.float()
+    down = torch.eye(read.shape[1]).view(read.shape[1], -1, 3, 3)
+    return {"unet.conv_out": (down, kernel[:, :, None, None])}
 
 
 def gates(mixture: Mixture) -> dict[str, torch.Tensor]:

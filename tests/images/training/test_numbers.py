@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 import loraweave as lw
 from loraweave.integrations import diffusers_training as runs
+from loraweave.integrations.diffusers import scheduler_named
 from loraweave.training.images.objectives import Draw
 
 CPU = torch.device("cpu")
@@ -65,11 +66,19 @@ def test_another_scheduler_keeps_what_the_pipeline_has_set(taught: Any) -> None:
     pipe, _ = taught("sd15")
     assert pipe.scheduler.config.clip_sample is False  # by Stable Diffusion's pipeline; DDIM and DDPM clip by default
     for name in ("DDPMScheduler", "DDIMScheduler"):
-        assert runs.scheduler_named(pipe, name).config.clip_sample is False
+        assert scheduler_named(pipe, name).config.clip_sample is False
     # What neither a file nor the pipeline has set is as the other class has it.
     assert pipe.scheduler.config.timestep_spacing == "leading"
-    linspace = runs.scheduler_named(pipe, "DPMSolverMultistepScheduler").config.timestep_spacing
+    linspace = scheduler_named(pipe, "DPMSolverMultistepScheduler").config.timestep_spacing
     assert linspace == diffusers.DPMSolverMultistepScheduler().config.timestep_spacing == "linspace"
+
+
+def test_noise_follows_what_the_pipeline_has_set(taught: Any) -> None:
+    """Also where it was set after loading, which diffusers' own ``from_config`` forgets."""
+    pipe = copy.deepcopy(taught("sd15")[0])
+    pipe.scheduler.register_to_config(prediction_type="sample")
+    latents, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    assert torch.equal(runs.noised(pipe, latents, noise, torch.zeros(1)).target, latents)
 
 
 def test_a_run_without_guidance_by_hand(taught: Any, attach: Any) -> None:
@@ -78,7 +87,7 @@ def test_a_run_without_guidance_by_hand(taught: Any, attach: Any) -> None:
     generator = torch.Generator().manual_seed(4)
     call = lessons.SIZE | {"num_inference_steps": 3, "guidance_scale": 1.0}
     found = runs.estimated_pictures(
-        pipe, runs.scheduler_named(pipe, None), ["hero"], until=0.5, generators=[generator], call=call
+        pipe, scheduler_named(pipe, None), ["hero"], until=0.5, generators=[generator], call=call
     )
     assert found.requires_grad
     scheduler = copy.deepcopy(pipe.scheduler)

@@ -13,6 +13,7 @@ from torch import Tensor
 from loraweave.errors import LoraweaveError, unknown
 from loraweave.integrations import clip as judges
 from loraweave.integrations import diffusers_training as runs
+from loraweave.integrations.diffusers import scheduler_named
 from loraweave.mixture import Mixture
 from loraweave.policies import checks
 from loraweave.training.images import pictures as gallery
@@ -128,7 +129,7 @@ class _Guided:
         self.clip = judges.load_clip(options.clip).to(device)
         self.wanted = self.clip.texts(prompts)
         self.concepts = {name: self._concept(name, concept) for name, concept in concepts.items()}
-        self.scheduler = runs.scheduler_named(self.pipe, options.scheduler)
+        self.scheduler = scheduler_named(self.pipe, options.scheduler)
 
     def _concept(self, name: str, concept: Any) -> Tensor:
         """``[width]``, a unit vector: of the phrase, or the mean of the pictures'."""
