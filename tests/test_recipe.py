@@ -127,7 +127,7 @@ def test_overrides(tmp_path: Path) -> None:
         ("base=null", "base: expected a valid string, got None"),
         ("experts={}", "experts: expected at least one expert, got none"),
         ("experts.qa=3", "experts.qa: expected a valid string, got 3"),
-        ("experts.qa=zoo:nobody", "unknown bundled expert 'nobody'"),
+        ("experts.qa=zoo:nobody", "unknown bundled LoRA 'nobody'"),
         ("base.x=1", "override 'base.x=1': base is 'someone/base' and has no fields"),
         ("train.steps", "override 'train.steps': expected FIELD=VALUE"),
         ("train.steps=[", "override 'train.steps=[': the value is not YAML"),
