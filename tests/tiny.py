@@ -265,8 +265,10 @@ def randomize(mixture: Mixture, seed: int = 0, strength: float = 1.5) -> Mixture
                 parameter.copy_(noise * strength * (1.0 if unit else (parameter[..., 0].numel()) ** -0.5))
             elif name.endswith("/W"):
                 parameter.copy_(noise * strength * parameter.shape[-1] ** -0.5)
-            elif name.endswith(("/columns", "/w", "/b", "/bias", "/log_temperature")):
+            elif name.endswith(("/columns", "/w", "/b", "/log_temperature")):
                 parameter.add_(0.3 * noise)
+            elif name.endswith("/bias"):
+                parameter.add_(0.1 * noise)
             elif name.endswith("/standard.center"):
                 parameter.copy_(0.3 * noise / (parameter.numel() ** 0.5 if unit else 1.0))
             elif name.endswith("/standard.spread"):

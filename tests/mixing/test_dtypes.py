@@ -49,7 +49,8 @@ def test_half_precision_models(architecture: str, name: str, dtype: torch.dtype)
 @pytest.mark.parametrize("name", POLICIES)
 def test_autocast(name: str, dtype: torch.dtype) -> None:
     inputs = tiny.batch("llama", (16, 9))
-    mixture = tiny.randomize(tiny.attached("llama", POLICIES[name]), strength=0.3)
+    # A seed with which no two experts nearly tie: half precision would choose the other one.
+    mixture = tiny.randomize(tiny.attached("llama", POLICIES[name]), seed=1, strength=0.3)
     with mixture.record() as seen:
         expected = tiny.logits(mixture.model, inputs)
     with torch.autocast("cpu", dtype), mixture.record() as cast:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import loraweave as lw
 import tiny
 from loraweave.mixing.site import Site
 from loraweave.mixture import Mixture
+from loraweave.policies.mole_gate import MoLEGate
 
 
 def many_experts(architecture: str) -> Mixture:
@@ -83,3 +85,42 @@ def test_gates_that_decide_for_each_token_take_the_dense_path(mixtures: Any, mon
     tiny.logits(mixture.model, tiny.batch("llama", (16, 12)))
     assert used
     assert all(rows is None for rows in used)
+
+
+def test_what_the_prompt_chose_is_fetched_once_an_answer(mixtures: Any, monkeypatch: Any) -> None:
+    """One token after another with a cache: against the dense path, and with gates changed in mid-answer."""
+    mixture = mixtures["llama"]
+    mixture.policy = lw.MoLE(activation="topk", k=2, pooling="prompt", scale=1.0)
+    tiny.randomize(mixture)
+    inputs = tiny.batch("llama", (9,))
+    gate: Any = next(iter(mixture.gates.values()))
+
+    def answer() -> list[Tensor]:
+        with torch.no_grad():
+            out: Any = mixture.model(**inputs, use_cache=True)
+            cache, steps = out.past_key_values, []
+            for step in range(6):
+                if step == 2:
+                    gate.log_temperature.add_(0.5)
+                with mixture.only("e1", "e2", "e4") if step >= 4 else contextlib.nullcontext():
+                    steps.append(mixture.model(torch.tensor([[5 + step]]), past_key_values=cache).logits)
+            gate.log_temperature.sub_(0.5)
+        return steps
+
+    real, kept = Site.few_rows, []
+
+    def watched(self: Site, *args: Any) -> Any:
+        rows = real(self, *args)
+        kept.append((self._fetched or {}).get(args[0]))
+        assert kept[-1] is None or rows[0] is kept[-1][0]
+        return rows
+
+    monkeypatch.setattr(Site, "few_rows", watched)
+    sparse = answer()
+    again = [fetched for fetched in kept if fetched is not None]
+    assert len(again) > len(kept) / 6, "nothing was kept"
+    assert len({id(fetched) for fetched in again}) < len(again)
+    monkeypatch.setattr(Site, "few_rows", lambda *_: None)
+    monkeypatch.setattr(MoLEGate, "_decided", lambda self, logits, _: self.activate(logits))
+    for one, other in zip(sparse, answer(), strict=True):
+        assert_close(one, other, atol=1e-9, rtol=1e-9)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import loraweave as lw
 import tiny
+from loraweave.mixing.exclusion import Exclusion
 from loraweave.mixture import Mixture
 
 PROMPT = tiny.batch("llama", (6, 4), side="left")
@@ -104,6 +105,38 @@ def test_a_call_beside_the_context_of_another_thread_is_an_error() -> None:
         with context, pytest.raises(lw.LoraweaveError, match=r"thread 'other_0' calls the model while thread 'Main"):
             in_thread(lambda: answer(mixture))
         assert torch.equal(in_thread(lambda: answer(mixture)), expected)
+
+
+def test_a_pass_that_ends_does_not_touch_the_one_that_waits() -> None:
+    """The second thread enters as early as it can: while the first is still giving the lock back."""
+    exclusion = Exclusion()
+    entered, lock = threading.Event(), exclusion._lock
+
+    class Handover:
+        acquire = staticmethod(lock.acquire)
+
+        @staticmethod
+        def release() -> None:
+            lock.release()
+            if not entered.is_set():
+                assert entered.wait(10)
+
+    exclusion._lock = Handover()  # type: ignore[assignment]
+
+    def second() -> None:
+        exclusion.enter("door")
+        entered.set()
+        done.wait(10)
+        exclusion.leave("door")
+
+    done = threading.Event()
+    exclusion.enter("door")
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(second)
+        exclusion.leave("door")
+        done.set()
+        waiting.result(10)
+    assert lock.acquire(timeout=10), "the second pass never gave the lock back"
 
 
 def test_failed_and_interrupted_passes_leave_nothing_locked() -> None:

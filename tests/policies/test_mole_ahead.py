@@ -52,8 +52,10 @@ def test_a_decoder_block_decides_by_the_encoders_tokens(architecture: str, evide
             v = x / x.norm()
             if gate.standard is not None:
                 v = (v - gate.standard.center) / gate.standard.spread
-            logits = v @ e.reshape(-1, 3) / tau
-            assert_close(seen.weights[site.name][row, 0], logits.softmax(-1), atol=2e-5, rtol=1e-4)
+            logits = v @ e.reshape(-1, 3)
+            if gate.bias is not None:
+                logits = logits + gate.bias.detach() * len(gate.standard.center) ** 0.5
+            assert_close(seen.weights[site.name][row, 0], (logits / tau).softmax(-1), atol=2e-5, rtol=1e-4)
 
 
 def test_the_first_token_already_knows_the_input() -> None:

@@ -237,7 +237,7 @@ def test_parameters_of_each_form() -> None:
         assert not gate.e.any()
         assert full_parameters(gate, [e.factors[path] for e in experts.values()], 32).shape[-1] == 3
     mixture.policy = lw.MoLE(learn_temperature=False)
-    assert not any(p.requires_grad for n, p in mixture.gate_parameters() if not n.endswith("/e"))
+    assert not any(p.requires_grad for n, p in mixture.gate_parameters() if not n.endswith(("/e", "/bias")))
     assert isinstance(next(iter(mixture.gates.values())), nn.Module)
 
 

@@ -64,9 +64,9 @@ def best(mixture: Mixture, stream: str, inputs: dict[str, Tensor], k: int, kept:
     v = x / (x.square().sum() if gate.policy.normalization == "l2" else x.square().mean()).sqrt()
     if gate.standard is not None:
         v = (v - gate.standard.center) / gate.standard.spread
-    logits = v.double() @ gate.e.detach().double().reshape(-1, len(NAMES)) / gate.log_temperature.detach().exp()
+    logits = v.double() @ gate.e.detach().double().reshape(-1, len(NAMES))
     if gate.bias is not None:
-        logits = logits + gate.bias.detach()
+        logits = logits + gate.bias.detach() * len(gate.standard.center) ** 0.5
     order = [int(i) for i in logits.argsort(descending=True) if kept is None or int(i) in kept]
     return order[:k]
 

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 import loraweave as lw
 import tiny
 from loraweave.policies.mole_standard import FLOOR, Standard
+from loraweave.training import objective
 from loraweave.training.standards import MEASURED_BATCHES
 
 
@@ -77,6 +78,23 @@ def test_training_measures_what_the_gates_read(name: str, monkeypatch: pytest.Mo
         floor = FLOOR * spread.square().mean().sqrt()
         assert_close(gate.standard.center.double(), vectors.mean(0), atol=1e-6, rtol=1e-5)
         assert_close(gate.standard.spread.double(), spread.clamp(min=floor), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_one_expert_can_be_preferred_whatever_the_input(activation: Any) -> None:
+    """Standard scores sum to zero over the data, and so do logits linear in them: the bias has to tell."""
+    mixture = tiny.attached("t5", lw.MoLE(activation=activation))
+    train(mixture)
+    inputs = tiny.batch("t5")
+    optimizer = torch.optim.Adam([p for _, p in mixture.gate_parameters() if p.requires_grad], lr=0.02)
+    for _ in range(60):
+        mixture.model(**inputs)
+        shares = torch.stack([objective.site_shares(site) for site in mixture.sites])
+        loss = -shares[:, 1].log().mean()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    assert shares[:, 1].min() > 0.8
 
 
 def test_measured_once_and_saved(tmp_path: Path) -> None:

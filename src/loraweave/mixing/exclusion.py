@@ -70,10 +70,11 @@ class Exclusion:
             self._drop(self._inside.index(door))
 
     def _drop(self, keep: int) -> None:
-        while len(self._inside) > keep:
-            self._inside.pop()
-            if not self._inside:
-                self._passing = 0
+        ended = len(self._inside) - keep
+        del self._inside[keep:]
+        if not self._inside:
+            self._passing = 0
+        for _ in range(ended):  # last: from here on it is another thread's pass
             self._lock.release()
 
 

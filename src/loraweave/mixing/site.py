@@ -94,12 +94,20 @@ class Site:
         self.observers: list[Callable[[Site], None]] = []
         self._row_weights: dict[tuple[Layout, torch.device], Tensor] = {}
         self._picked: dict[tuple[Layout, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._fetched: dict[Bank, tuple[Tensor, Tensor]] | None = None
         self._tokens = 1
         self._read: tuple[weakref.ref[Tensor], int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy starts afresh; the last pass's weights may hang on a graph, which cannot be copied."""
-        return self.__dict__ | {"current": None, "observers": [], "_row_weights": {}, "_picked": {}, "_read": None}
+        return self.__dict__ | {
+            "current": None,
+            "observers": [],
+            "_row_weights": {},
+            "_picked": {},
+            "_fetched": None,
+            "_read": None,
+        }
 
     def bind(self) -> None:
         """Take over the layers: from here on they ask this site for their weights."""
@@ -179,9 +187,12 @@ class Site:
 
     def set(self, weights: Weights) -> None:
         """Use these weights from here on in this pass, and tell the observers."""
-        self.current = weights
-        self._row_weights.clear()
-        self._picked.clear()
+        if weights is self.current and not torch.is_grad_enabled():
+            # They last while an answer is written, and so does what follows from them.
+            self._fetched = {} if self._fetched is None else self._fetched
+        else:
+            self.current = weights
+            self._forget()
         if weights.index is None or torch.is_grad_enabled():
             # Now, rather than in the first module that asks: a checkpointed block must do the same when run again.
             for layer in self.layers:
@@ -195,8 +206,7 @@ class Site:
         They stay until others come: when a checkpointed block is computed again, its hooks do not run again.
         """
         self.driven, self._driving = weights is not None, weights
-        self._row_weights.clear()
-        self._picked.clear()
+        self._forget()
 
     def row_weights(self, bank: Bank, a: Tensor) -> Tensor:
         """Weights of the bank's rank rows, shaped to multiply ``a`` ``[..., R]``."""
@@ -228,7 +238,15 @@ class Site:
         if index is None or bank.embedding or x.ndim != 3 or index.shape[1] != 1:
             return None
         most = index.shape[-1] * max(bank.layout.ranks)
-        if x.shape[1] * (bank.layout.rows - most) < 4 * most or torch.is_autocast_enabled(x.device.type):
+        if torch.is_autocast_enabled(x.device.type):
+            return None
+        if self._fetched is not None and 2 * index.shape[0] * most <= bank.layout.rows:
+            picked, w = self._picked_rows(bank)
+            if bank not in self._fetched:
+                self._fetched[bank] = bank.A[picked], bank.Bt[picked]
+            A, Bt = self._fetched[bank]
+            return A, w, Bt
+        if x.shape[1] * (bank.layout.rows - most) < 4 * most:
             return None
         if x.shape[1] == 1 and index.shape[0] * most >= bank.layout.rows:
             return None  # one token a row: the copies for all rows would be larger than the bank
@@ -264,5 +282,10 @@ class Site:
     def clear(self) -> None:
         """Forget the last pass."""
         self.current = self._read = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """What was made of weights that are no more."""
         self._row_weights.clear()
         self._picked.clear()
+        self._fetched = None

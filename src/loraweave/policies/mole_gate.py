@@ -26,7 +26,7 @@ class Projection(NamedTuple):
     Attributes:
         matrix: ``[N, C]``; of a flatten gate ``[L, N, C]``.
         columns: ``[N]``, see :func:`numerics.normalized_logits`.
-        offset: ``[N]``, what standard scores subtract.
+        offset: ``[N]``, what standard scores and the bias take from the logits.
     """
 
     matrix: Tensor
@@ -45,7 +45,9 @@ class MoLEGate(nn.Module):
     - ``e``: ``[L, N, d, N]`` (full), ``[L, R, N]`` (compact) or ``[L, in, N]`` (hidden evidence), zero at the start;
     - ``columns``: ``[N]``, the column sums of ``e`` where it cannot tell them (compact, layer normalisation);
     - ``standard.center``, ``standard.spread``: frozen, see :class:`Standard`;
-    - ``bias``: ``[N]``, of sigmoid gates;
+    - ``bias``: ``[N]``, of sigmoid gates and of those that read standard scores, whose mean is zero, so that no ``e``
+      prefers an expert whatever the input. It weighs a coordinate that is always as large as the evidence is long, and
+      so keeps up with ``e`` at any width;
     - ``log_temperature`` and ``scale``: scalars, learned if the policy says so.
     """
 
@@ -64,8 +66,9 @@ class MoLEGate(nn.Module):
         told = isinstance(self.reader, WideReader) or self.reader.full or policy.normalization != "layer"
         self.columns = None if told else nn.Parameter(torch.zeros(N, **like))
         self.standard = Standard(self.e[..., 0].numel(), **like) if standardizes(policy) else None
-        sigmoid = policy.activation == "sigmoid"
-        self.bias = nn.Parameter(torch.full((N,), SIGMOID_START, **like)) if sigmoid else None
+        self.sigmoid = policy.activation == "sigmoid"
+        biased = self.sigmoid or self.standard is not None
+        self.bias = nn.Parameter(torch.zeros(N, **like)) if biased else None
         start = torch.tensor(math.log(policy.temperature), **like)
         self.log_temperature = nn.Parameter(start, requires_grad=policy.learn_temperature)
         scale = 1.0 if policy.activation in ("top1", "sigmoid") else policy.scale
@@ -74,6 +77,7 @@ class MoLEGate(nn.Module):
         self.closed: Tensor | None = None
         self.kept = N
         self._packed: tuple[int, Projection] | None = None
+        self._lasting: tuple[Tensor, Tensor | None, int, Weights] | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoLEGate:
         """Gates move with the model but stay in single precision when it is cast (``model.half()``)."""
@@ -84,12 +88,12 @@ class MoLEGate(nn.Module):
 
         super()._apply(moved, recurse)
         self.closed = None if self.closed is None else moved(self.closed)
-        self._packed = None
+        self._packed = self._lasting = None
         return self
 
     def train(self, mode: bool = True) -> MoLEGate:
         """Also forgets what was computed from the parameters, however these were changed."""
-        self._packed = None
+        self._packed = self._lasting = None
         return super().train(mode)
 
     @property
@@ -108,10 +112,14 @@ class MoLEGate(nn.Module):
         Adam moves each of the ``C`` coordinates of ``e`` by its learning rate, so a logit by that times the sum of
         the evidence's absolute values, about ``0.8 |v| sqrt(C)``.
         """
-        coordinates = self.e[..., 0].numel()
-        size = coordinates if self.standard is not None else self.reader.size
-        length = 1.0 if self.policy.normalization == "l2" and self.standard is None else math.sqrt(size)
-        return 2.0 / (length * math.sqrt(coordinates))
+        return 2.0 / (self.evidence_length * math.sqrt(self.e[..., 0].numel()))
+
+    @property
+    def evidence_length(self) -> float:
+        """``|v|`` of what meets ``e``; of standard scores its root mean square."""
+        if self.standard is not None:
+            return math.sqrt(self.e[..., 0].numel())
+        return 1.0 if self.policy.normalization == "l2" else math.sqrt(self.reader.size)
 
     def forward(self, evidence: Evidence) -> Weights:
         device = evidence.hidden.device.type
@@ -128,8 +136,7 @@ class MoLEGate(nn.Module):
             return self.activate(self.logits(evidence), self._chosen(evidence))
         if stream.spec.causal and stream.cached_tokens > 0:
             if self.pooling == "prompt":
-                logits = cast(Tensor, stream.frozen(self))
-                return self.activate(logits, self._chosen(evidence, logits))
+                return self._decided(cast(Tensor, stream.frozen(self)), evidence)
             raise LoraweaveError(
                 f"gate site {self.site_name}: {self.pooling!r} pooling reads the whole sequence, so generating with a "
                 "key-value cache would differ from generating without; use pooling='token' or 'prompt', or "
@@ -139,6 +146,19 @@ class MoLEGate(nn.Module):
         if self.pooling == "prompt":
             stream.freeze(self, logits)
         return self.activate(logits, self._chosen(evidence, logits))
+
+    def _decided(self, logits: Tensor, evidence: Evidence) -> Weights:
+        """Weights from logits that stay while an answer is written: the very same, as long as nothing else changes."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.policy.preselect is not None:
+            return self.activate(logits, self._chosen(evidence, logits))
+        version = self._version()
+        known = self._lasting
+        if known is None or known[0] is not logits or known[1] is not self.closed or known[2] != version:
+            self._lasting = known = logits, self.closed, version, self.activate(logits)
+        return known[3]
+
+    def _version(self) -> int:
+        return sum(p._version for p in self.parameters())
 
     def _chosen(self, evidence: Evidence, logits: Tensor | None = None) -> Tensor | None:
         """``[rows, 1, k]``: the experts that the stream's first gate chose; ``None`` if it chose none.
@@ -154,9 +174,6 @@ class MoLEGate(nn.Module):
         if self.first:
             with torch.no_grad():
                 rank = self._prompt_logits(evidence) if logits is None else logits
-                rank = rank * torch.exp(-self.log_temperature)
-                if self.bias is not None:
-                    rank = rank + self.bias
                 if self.closed is not None:
                     rank = rank.masked_fill(self.closed, -torch.inf)
                 stream.chosen = rank.topk(k, dim=-1).indices
@@ -207,7 +224,7 @@ class MoLEGate(nn.Module):
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.pooling == "flatten":
             self._packed = None
             return self._pack(tokens)
-        version = sum(p._version for p in self.parameters())
+        version = self._version()
         if self._packed is None or self._packed[0] != version:
             self._packed = version, self._pack(tokens)
         return self._packed[1]
@@ -219,6 +236,8 @@ class MoLEGate(nn.Module):
         columns = self.reader.columns(e)
         matrix = self.reader.matrix(e[:tokens] if self.pooling == "flatten" else e)
         offset = None if self.standard is None else self.standard.center @ matrix
+        if self.bias is not None:
+            offset = (0.0 if offset is None else offset) - self.bias * self.evidence_length
         return Projection(matrix.mT.contiguous(), self.columns if columns is None else columns, offset)
 
     def _measure(self, coordinates: Tensor, square: Tensor, total: Tensor | None, evidence: Evidence) -> None:
@@ -255,8 +274,8 @@ class MoLEGate(nn.Module):
     def activate(self, logits: Tensor, chosen: Tensor | None = None) -> Weights:
         """Eq. 11 and its relatives: logits -> weights; masked experts, and those not chosen, are left out."""
         logits = logits * torch.exp(-self.log_temperature)
-        if self.bias is not None:
-            logits = logits + self.bias
+        if self.sigmoid:
+            logits = logits + SIGMOID_START
         if chosen is None:
             if self.closed is not None:
                 logits = logits.masked_fill(self.closed, -torch.inf)
@@ -270,7 +289,7 @@ class MoLEGate(nn.Module):
 
     def _weigh(self, logits: Tensor, kept: int) -> Weights:
         """The activation of logits of which ``kept`` are finite."""
-        if self.bias is not None:
+        if self.sigmoid:
             return Weights(torch.sigmoid(logits))
         total = numerics.masked_total(self.scale, kept, self.experts)
         if self.policy.activation == "topk":
