@@ -151,13 +151,13 @@ class MoLEGate(nn.Module):
         """Weights from logits that stay while an answer is written: the very same, as long as nothing else changes."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.policy.preselect is not None:
             return self.activate(logits, self._chosen(evidence, logits))
-        version = self._version()
+        version = self._changes()
         known = self._lasting
         if known is None or known[0] is not logits or known[1] is not self.closed or known[2] != version:
             self._lasting = known = logits, self.closed, version, self.activate(logits)
         return known[3]
 
-    def _version(self) -> int:
+    def _changes(self) -> int:
         return sum(p._version for p in self.parameters())
 
     def _chosen(self, evidence: Evidence, logits: Tensor | None = None) -> Tensor | None:
@@ -224,7 +224,7 @@ class MoLEGate(nn.Module):
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.pooling == "flatten":
             self._packed = None
             return self._pack(tokens)
-        version = self._version()
+        version = self._changes()
         if self._packed is None or self._packed[0] != version:
             self._packed = version, self._pack(tokens)
         return self._packed[1]
