@@ -44,6 +44,11 @@ class Layout:
         """``[E, r_max]`` row numbers of each expert and their scales; padding points at row 0 with scale 0."""
         return self._tensors(like)[1:]
 
+    def prepare(self, A: Tensor) -> None:
+        """Make now what mixing these rows needs: made by a compiled model's first call, the second compiles again."""
+        for dtype in {A.dtype, torch.promote_types(A.dtype, torch.float32)}:
+            self._tensors(torch.empty(0, dtype=dtype, device=A.device))
+
     def _tensors(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         key = (like.device, like.dtype)
         if key not in self._on_device:

@@ -113,6 +113,7 @@ class Site:
         """Take over the layers: from here on they ask this site for their weights."""
         for layer in self.layers:
             layer.site = self
+            layer.bank.layout.prepare(layer.bank.A)
         if self.gate is not None:
             self.leader.add_module("gate", self.gate.train(self.leader.training))
             if self.plan.ahead:
@@ -187,13 +188,15 @@ class Site:
 
     def set(self, weights: Weights) -> None:
         """Use these weights from here on in this pass, and tell the observers."""
-        if weights is self.current and not torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
+            self.current = weights  # whatever else is kept here would be a reason to compile again
+        elif weights is self.current and not torch.is_grad_enabled():
             # They last while an answer is written, and so does what follows from them.
             self._fetched = {} if self._fetched is None else self._fetched
         else:
             self.current = weights
             self._forget()
-        if weights.index is None or torch.is_grad_enabled():
+        if (weights.index is None or torch.is_grad_enabled()) and not torch.compiler.is_compiling():
             # Now, rather than in the first module that asks: a checkpointed block must do the same when run again.
             for layer in self.layers:
                 self._spread_over(layer.bank)
@@ -224,13 +227,18 @@ class Site:
 
     def _spread_over(self, bank: Bank) -> Tensor:
         """Weights of the bank's rank rows, ``[rows or 1, tokens or 1, R]``."""
+        if torch.compiler.is_compiling():
+            return self._spread(bank)  # the compiler sees by itself what repeats
         key = bank.layout, bank.A.device  # a site may span devices
         w = self._row_weights.get(key)
         if w is None:
-            dense = self._weights().dense
-            dense = dense.to(bank.A.device, torch.promote_types(dense.dtype, bank.A.dtype))
-            w = self._row_weights[key] = dense @ bank.layout.spread(dense)
+            w = self._row_weights[key] = self._spread(bank)
         return w
+
+    def _spread(self, bank: Bank) -> Tensor:
+        dense = self._weights().dense
+        dense = dense.to(bank.A.device, torch.promote_types(dense.dtype, bank.A.dtype))
+        return dense @ bank.layout.spread(dense)
 
     def few_rows(self, bank: Bank, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """``A, w, Bt`` of only the experts each batch row uses, where fetching them is cheaper than computing all."""
@@ -240,11 +248,12 @@ class Site:
         most = index.shape[-1] * max(bank.layout.ranks)
         if torch.is_autocast_enabled(x.device.type):
             return None
-        if self._fetched is not None and 2 * index.shape[0] * most <= bank.layout.rows:
+        kept = None if torch.compiler.is_compiling() else self._fetched
+        if kept is not None and 2 * index.shape[0] * most <= bank.layout.rows:
             picked, w = self._picked_rows(bank)
-            if bank not in self._fetched:
-                self._fetched[bank] = bank.A[picked], bank.Bt[picked]
-            A, Bt = self._fetched[bank]
+            if bank not in kept:
+                kept[bank] = bank.A[picked], bank.Bt[picked]
+            A, Bt = kept[bank]
             return A, w, Bt
         if x.shape[1] * (bank.layout.rows - most) < 4 * most:
             return None
@@ -256,7 +265,8 @@ class Site:
     def _picked_rows(self, bank: Bank) -> tuple[Tensor, Tensor]:
         """Which rank rows each batch row uses, ``[rows, S]``, and their weights, ``[rows, tokens or 1, S]``."""
         key = bank.layout, bank.A.device, bank.A.dtype
-        found = self._picked.get(key)
+        compiling = torch.compiler.is_compiling()
+        found = None if compiling else self._picked.get(key)
         if found is None:
             weights = self._weights()
             assert weights.index is not None
@@ -265,7 +275,9 @@ class Site:
             index, values = weights.index[:, 0].to(rows.device), weights.values.to(rows.device, bank.A.dtype)
             w = (scales[index].unsqueeze(1) * values.unsqueeze(-1)).flatten(2)
             found = rows[index].flatten(1), w
-            if not torch.is_grad_enabled():  # a checkpointed block that runs again must find what it found before
+            if not (
+                torch.is_grad_enabled() or compiling
+            ):  # a checkpointed block that runs again must find what it found before
                 self._picked[key] = found
         return found
 
