@@ -13,6 +13,7 @@ compare:
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,7 +86,12 @@ class Fusion(_Part):
         from loraweave.training.fuse import fuse
 
         own = {name: weight for name, weight in self.weights.items() if name in experts}
-        options: dict[str, Any] = {"rank": self.rank, "ridge": self.ridge, "seed": self.seed, "progress": False}
+        options: dict[str, Any] = {
+            "rank": self.rank,
+            "ridge": self.ridge,
+            "seed": self.seed,
+            "progress": sys.stderr.isatty(),
+        }
         call = {**call, "num_inference_steps": self.steps}
         mixture = attach(pipe, {"fused": fuse(pipe, experts, data, weights=own, call=call, **options)}, Sum())
         try:

@@ -125,7 +125,7 @@ def test_textual_inversions_that_do_not_fit(pipe: Any, tmp_path: Path) -> None:
         textual_inversion(pipe, {"<hero>": tmp_path / "disguised.safetensors"})
     with pytest.raises(LoraweaveError, match=r"nowhere\.safetensors: cannot be read"):
         textual_inversion(pipe, {"<hero>": tmp_path / "nowhere.safetensors"})
-    with pytest.raises(LoraweaveError, match="SD3Pipeline|StableDiffusion3Pipeline: diffusers loads no"):
+    with pytest.raises(LoraweaveError, match="StableDiffusion3Pipeline: diffusers loads no"):
         textual_inversion(pipes.make("sd3"), {"<hero>": tmp_path / "x.safetensors"})
 
 
@@ -304,7 +304,7 @@ def test_pipelines_in_use_are_refused(pipe: Any, attach: Any, sets: Any, tmp_pat
         (dreambooth, tmp_path),
         (svdiff, [tmp_path]),
     ):
-        with pytest.raises(LoraweaveError, match="experts are attached to '.*'; call mixture.detach"):
+        with pytest.raises(LoraweaveError, match=r"experts are attached to .+; call mixture\.detach"):
             load(pipe, source)
 
 
