@@ -369,7 +369,7 @@ def _contender(label: str, entry: Any) -> Any:
         entry = {}
     if isinstance(entry, str):
         entry = {"name": entry}
-    if not isinstance(entry, Mapping) or "method" in entry:
+    if not isinstance(entry, Mapping) or ("method" in entry and not _mixes_random(label, entry)):
         return entry
     if "saved" in entry:
         # What stands beside it is refused by the contender itself.
@@ -379,7 +379,17 @@ def _contender(label: str, entry: Any) -> Any:
         return entry
     options = {"name": label, **entry}
     train = options.pop("train", {})
+    if isinstance(inner := options.get("method"), str):
+        options["method"] = {"name": inner}
     return {"method": options, "train": train}
+
+
+def _mixes_random(label: str, entry: Mapping[str, Any]) -> bool:
+    """Whether ``method`` is the option of ``random``, which has one called so, and not the long form's field."""
+    if "name" in entry:
+        return bool(entry["name"] == "random")
+    whole = isinstance(entry["method"], Mapping) and entry["method"].get("name") == "random"
+    return label == "random" and "train" not in entry and not whole
 
 
 def _placed(recipe: Recipe, folder: Path) -> Recipe:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
+import loraweave as lw
 from images import run
 from loraweave.zoo import images
 
@@ -25,15 +28,40 @@ def test_casts_and_compositions() -> None:
         assert all(images.HELD_OUT[name].words in one.prompt for one in made for name in one.loras)
 
 
+def test_fusion_paints_with_the_composition_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its LoRA is that of the prompts, and the pipeline is bare again."""
+    monkeypatch.setattr(images, "STEPS", 1)
+    loras = ("tengu", "faerie")
+    prompts = {name: run.told_alone(name, 0) for name in loras}
+    assert all(len(told) == 2 and images.HELD_OUT[name].words in told[0] for name, told in prompts.items())
+    pipe: Any = images.pipeline()
+    pipe.set_progress_bar_config(disable=True)
+
+    def paint() -> bytes:
+        generator = torch.Generator().manual_seed(0)
+        made: bytes = pipe("a kenku tengu", generator=generator, num_inference_steps=1).images[0].tobytes()
+        return made
+
+    bare = paint()
+    with run.composing(pipe, None, loras, 0):
+        painted = paint()
+    assert paint() == bare
+    call = {"num_inference_steps": 1, "guidance_scale": images.GUIDANCE}
+    fused = lw.fuse(pipe, images.loras(loras), prompts, call=call, progress=False)
+    mixture = lw.attach(pipe, {"fused": fused}, lw.Sum())
+    assert paint() == painted != bare
+    mixture.detach()
+
+
 @pytest.mark.slow
 def test_it_paints_scores_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "STEPS", 2)
     monkeypatch.setattr(run, "SIZES", (4, 5))
-    small = ["--methods", "nla", "mole", "--seeds", "0", "1", "--noises", "1", "--steps", "1"]
+    small = ["--methods", "nla", "mole", "fused", "--seeds", "0", "1", "--noises", "1", "--steps", "1"]
     monkeypatch.setattr(sys, "argv", ["run.py", "-o", str(tmp_path), *small])
     run.main()
     results = json.loads((tmp_path / "results.json").read_text())
-    assert list(results["summary"]) == ["nla", "mole"]
+    assert list(results["summary"]) == ["nla", "mole", "fused"]
     assert set(results["summary"]["nla"]["4"]) == {"text", "image", "distinct"}
     value, low, high = results["differences"]["mole - nla"]["text"]
     assert low <= value <= high

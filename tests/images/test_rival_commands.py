@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import pipes
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +139,8 @@ def test_what_does_not_fit_shows_before_anything_is_painted(
     for command, said in (
         ([*image, wide], "tensor 'a' is F32 [2, 24], expected [16]"),
         ([*bed, wide], "tensor 'a' is F32 [2, 24], expected [16]"),
-        ([*image, none, "testbed=null"], "fuse.prompts: none for expert 'coat'"),
-        ([*bed, "compare={s: {svdiff: {hero: shifts.safetensors}}}"], "svdiff: no shifts for expert 'coat'"),
+        ([*image, none, "testbed=null"], "compare.fused: fuse.prompts: none for expert 'coat'"),
+        ([*bed, "compare={s: {svdiff: {hero: shifts.safetensors}}}"], "compare.s: svdiff: no shifts for expert 'coat'"),
     ):
         assert main(command) == 2
         told = capsys.readouterr()
@@ -150,6 +149,7 @@ def test_what_does_not_fit_shows_before_anything_is_painted(
         assert not list((tmp_path / "out").glob("**/*.png"))
 
 
+@pytest.mark.filterwarnings("always::loraweave.errors.LoraweaveWarning")
 def test_a_prompt_without_the_new_words(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = "compare={new: {textual_inversion: {<hero>: hero.safetensors}}}"
     assert main(["image", str(recipe), words, "--prompt", "hero", "--steps", "1", "-o", str(tmp_path)]) == 0

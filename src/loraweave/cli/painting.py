@@ -6,6 +6,7 @@ import argparse
 import re
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,9 @@ from loraweave import persistence
 from loraweave.errors import LoraweaveError, LoraweaveWarning, unknown
 from loraweave.evaluation.environment import environment
 from loraweave.experts.triggers import warn_of_triggers
+from loraweave.experts.types import Expert
 from loraweave.files import atomic_path, write_json_atomic
+from loraweave.integrations.rivals import Loading
 from loraweave.mixture import Mixture, attach
 from loraweave.policies import Composite, Sum, Switch, registry
 from loraweave.recipe import Method, Recipe
@@ -39,7 +42,7 @@ def paint(recipe: Recipe, options: argparse.Namespace) -> None:
         pipe.to("cuda", torch.float16)
     # What does not fit shows now, not after the painting before it.
     loadings = {
-        label: way.rival.loading(pipe, recipe.experts, trigger_words(recipe.testbed), call_of(options))
+        label: loading(label, way.rival, pipe, recipe.experts, recipe.testbed, call_of(options))
         for label, way in methods.items()
         if way.rival is not None
     }
@@ -47,8 +50,8 @@ def paint(recipe: Recipe, options: argparse.Namespace) -> None:
     warn_of_triggers(mixture.sources, [options.prompt])
     for label, way in methods.items():
         print(f"{label}: {cost(way, len(mixture.experts))}", flush=True)
-    for label, loading in loadings.items():
-        loading.warn_of_tokens(label, [methods[label].prompt(options.prompt)])
+    for label, block in loadings.items():
+        block.warn_of_tokens(label, [methods[label].prompt(options.prompt)])
     pictures: dict[tuple[str, int], Any] = {}
     entries = []
 
@@ -80,8 +83,8 @@ def paint(recipe: Recipe, options: argparse.Namespace) -> None:
             persistence.adopt(mixture, way.saved)
         take(label)
     mixture.detach()
-    for label, loading in loadings.items():
-        with loading:
+    for label, block in loadings.items():
+        with block:
             take(label)
     entries.sort(key=lambda entry: list(methods).index(entry["method"]))
     with atomic_path(out / _SHEET) as path:
@@ -198,10 +201,25 @@ def call_of(options: argparse.Namespace | Testbed) -> dict[str, Any]:
     return call
 
 
-def trigger_words(testbed: Testbed | None) -> dict[str, str]:
-    """Expert -> the words that call it up, as far as there is a test bed that says so."""
+def loading(
+    label: str,
+    rival: Rival,
+    pipe: Any,
+    experts: Mapping[str, str | Expert],
+    testbed: Testbed | None,
+    call: Mapping[str, Any],
+) -> Loading:
+    """:meth:`Rival.loading`, with the test bed's trigger words as default prompts.
+
+    Raises:
+        LoraweaveError: something does not fit the pipeline; the message names the contestant.
+    """
     elements = {} if testbed is None else testbed.elements
-    return {name: ", ".join(element.triggers) for name, element in elements.items()}
+    said = {name: ", ".join(element.triggers) for name, element in elements.items()}
+    try:
+        return rival.loading(pipe, experts, said, call)
+    except LoraweaveError as error:
+        raise LoraweaveError(f"compare.{label}: {error}") from error
 
 
 def described(recipe: Recipe, options: argparse.Namespace, mixture: Mixture, methods: dict[str, Way]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from loraweave import persistence
-from loraweave.cli.painting import Way, call_of, contestants, trigger_words
+from loraweave.cli.painting import Way, call_of, contestants, loading
 from loraweave.errors import LoraweaveError, unknown
 from loraweave.evaluation.testbed import chosen_sets, testbed_of
 from loraweave.experts.resolve import resolve_experts
@@ -195,7 +195,7 @@ class _Rival:
         experts: Mapping[str, Expert],
         todo: Mapping[CompositionSet, Sequence[_Job]],
     ) -> None:
-        self.rival, self.pipe, self.testbed, self.experts = rival, pipe, testbed, experts
+        self.rival, self.label, self.pipe, self.testbed, self.experts = rival, label, pipe, testbed, experts
         own = {
             one: [dataclasses.replace(job, prompt=rival.prompt(job.prompt)) for job in jobs if job.method == label]
             for one, jobs in todo.items()
@@ -214,7 +214,7 @@ class _Rival:
 
     def _loading(self, sets: Sequence[CompositionSet]) -> Loading:
         experts = {name: self.experts[name] for one in sets for name in one.experts}
-        return self.rival.loading(self.pipe, experts, trigger_words(self.testbed), call_of(self.testbed))
+        return loading(self.label, self.rival, self.pipe, experts, self.testbed, call_of(self.testbed))
 
 
 def _finish(pipe: Any, testbed: Testbed, job: _Job, bar: Any) -> None:
