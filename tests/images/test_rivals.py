@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pipes
 from collections.abc import Callable
 from pathlib import Path
@@ -190,6 +191,8 @@ def test_custom_diffusion_that_does_not_fit(pipe: Any, tmp_path: Path) -> None:
     (tmp_path / CUSTOM).unlink()
     with pytest.raises(LoraweaveError, match=f"expected a file {CUSTOM}"):
         custom_diffusion(pipe, tmp_path)
+    with pytest.raises(LoraweaveError, match="expected the folder that holds"):
+        custom_diffusion(pipe, tmp_path / "<new1>.bin")
     with pytest.raises(LoraweaveError, match="FluxPipeline: Custom Diffusion is for pipelines with a UNet"):
         custom_diffusion(pipes.make("flux"), tmp_path)
 
@@ -224,6 +227,14 @@ def test_dreambooth_checkpoints_paint_as_through_diffusers(pipe: Any, tmp_path: 
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
     with dreambooth(pipe, tmp_path / "sharded"):
         assert torch.equal(pipes.latents(pipe, prompt="sks hero"), alone)
+    index = next((tmp_path / "sharded").glob("*.index.json"))
+    for name in ("../unet/diffusion_pytorch_model.safetensors", "weights.bin", 3):
+        index.write_text(json.dumps({"weight_map": {"conv_in.weight": name}}))
+        with pytest.raises(LoraweaveError, match="expected names of safetensors files in its folder, got"):
+            dreambooth(pipe, tmp_path / "sharded")
+    index.write_text("[]")
+    with pytest.raises(LoraweaveError, match="cannot be read as the index of weights"):
+        dreambooth(pipe, tmp_path / "sharded")
     flux = pipes.make("flux")
     flux.transformer.float().double()  # diffusers reads its models in single precision
     bare = pipes.latents(flux)
@@ -264,6 +275,9 @@ def test_dreambooth_checkpoints_that_do_not_fit(pipe: Any, tmp_path: Path) -> No
     for place in (tmp_path, tmp_path / "unet"):
         with pytest.raises(LoraweaveError, match=r"diffusion_pytorch_model\.bin: pickled weights are refused"):
             dreambooth(pipe, place)
+    (tmp_path / "unet" / "adapter_config.json").write_text("{}")
+    with pytest.raises(LoraweaveError, match=r"there is an adapter"):
+        dreambooth(pipe, tmp_path)
     with pytest.raises(LoraweaveError, match=r"expected the folder of a pipeline .* or of a unet"):
         dreambooth(pipe, tmp_path / "nowhere")
 
@@ -293,6 +307,11 @@ def test_shifts_of_both_models_add_up(pipe: Any, tmp_path: Path) -> None:
         U, S, V = torch.linalg.svd(module.weight.data.flatten(1), full_matrices=False)
         module.weight.data = (U @ torch.diag((S + delta).clamp(min=0)) @ V).view(module.weight.shape)
     torch.testing.assert_close(painted, pipes.latents(hand, prompt="hero"), atol=1e-6, rtol=1e-5)
+    save_file({"conv_in.delta": random(7)}, tmp_path / "hero" / "spectral_shifts.safetensors")
+    with pytest.raises(LoraweaveError, match="conv_in: expected 8 shifts"):
+        svdiff(pipe, [tmp_path / "hero"])
+    with pytest.raises(LoraweaveError, match="expected at least one file"):
+        svdiff(pipe, [])
 
 
 def test_pipelines_in_use_are_refused(pipe: Any, attach: Any, sets: Any, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ safetensors: diffusers itself would fall back to pickles.
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -22,7 +23,7 @@ from loraweave.errors import LoraweaveError, LoraweaveWarning
 from loraweave.experts.mapped import open_tensors
 from loraweave.experts.weightfile import MIXABLE_DTYPES, PICKLES, Header, pickle_refused, read_header
 from loraweave.integrations.diffusers import open_pipeline
-from loraweave.integrations.svdiff import apply_shifts, compose_shifts, read_shifts
+from loraweave.integrations.svdiff import apply_shifts, compose_shifts, read_shifts, shifted_weights
 from loraweave.mixing.layer import MixingLayer
 
 _EMBEDDING = "learned_embeds.safetensors"
@@ -129,6 +130,8 @@ def custom_diffusion(pipe: Any, folder: str | Path) -> Loading:
     if not hasattr(unet, "load_attn_procs"):
         raise LoraweaveError(f"{type(pipe).__name__}: Custom Diffusion is for pipelines with a UNet")
     folder = Path(folder)
+    if folder.is_file():
+        raise LoraweaveError(f"{folder}: expected the folder that holds {_CUSTOM}, got a file")
     header = read_header(_file(folder, _CUSTOM))
     for pickle in (path for path in sorted(folder.iterdir()) if path.suffix in PICKLES):
         if not pickle.with_suffix(".safetensors").exists():
@@ -190,8 +193,7 @@ def svdiff(pipe: Any, sources: Iterable[str | Path]) -> Loading:
             encoder is shifted, too, ``spectral_shifts_te.safetensors``.
 
     Raises:
-        LoraweaveError: as :func:`loraweave.integrations.svdiff.read_shifts` and ``compose_shifts``; what does not fit
-            the models shows when the block is entered.
+        LoraweaveError: as :func:`loraweave.integrations.svdiff.read_shifts`, ``compose_shifts`` and ``apply_shifts``.
     """
     _check_bare(pipe)
     files = [_file(Path(source), f"{_SHIFTS}.safetensors") for source in sources]
@@ -200,17 +202,20 @@ def svdiff(pipe: Any, sources: Iterable[str | Path]) -> Loading:
         "unet": [read_shifts(path) for path in files],
         "text_encoder": [read_shifts(path) for path in beside if path.exists()],
     }
-    return Loading(_with_shifts(pipe, {part: compose_shifts(shifts) for part, shifts in read.items() if shifts}))
+    if not files:
+        raise LoraweaveError("svdiff: expected at least one file of shifts, got none")
+    composed = {part: compose_shifts(shifts) for part, shifts in read.items() if shifts}
+    for part, shifts in composed.items():
+        if not isinstance(getattr(pipe, part, None), nn.Module):
+            raise LoraweaveError(f"{type(pipe).__name__}: spectral shifts are for its {part}, which it does not have")
+        shifted_weights(getattr(pipe, part), shifts)
+    return Loading(_with_shifts(pipe, composed))
 
 
 @contextmanager
 def _with_shifts(pipe: Any, shifts: Mapping[str, Mapping[str, Tensor]]) -> Iterator[None]:
     with ExitStack() as stack:
         for part, own in shifts.items():
-            if not isinstance(getattr(pipe, part, None), nn.Module):
-                raise LoraweaveError(
-                    f"{type(pipe).__name__}: spectral shifts are for its {part}, which it does not have"
-                )
             stack.enter_context(apply_shifts(getattr(pipe, part), own))
         yield
 
@@ -289,11 +294,9 @@ def _check_bare(pipe: Any) -> None:
 
 def _check_part(part: nn.Module, name: str, place: Path) -> None:
     """Raise unless the weights in ``place`` have the shapes of ``part``; names differ between library versions."""
-    stem = "diffusion_pytorch_model" if hasattr(part, "register_to_config") else "model"
-    files = sorted(place.glob(f"{stem}-*-of-*.safetensors"))
-    if not files or (place / f"{stem}.safetensors").exists():
-        files = [_file(place, f"{stem}.safetensors")]
-    headers = [read_header(path) for path in files]
+    if (place / "adapter_config.json").exists():
+        raise LoraweaveError(f"{place}: expected whole weights, there is an adapter (adapter_config.json) beside them")
+    headers = [read_header(path) for path in _weight_files(place, hasattr(part, "register_to_config"))]
     found = {key: info.shape for h in headers for key, info in h.tensors.items() if info.dtype in MIXABLE_DTYPES}
     named = part.state_dict(keep_vars=True).items()
     own = {id(tensor): (key, tuple(tensor.shape)) for key, tensor in named if tensor.is_floating_point()}
@@ -310,6 +313,22 @@ def _check_part(part: nn.Module, name: str, place: Path) -> None:
         f"{place}: expected the {len(expected)} tensors of the pipeline's {name}, got {len(found)}, of other shapes "
         "in part; is it of another base?"
     )
+
+
+def _weight_files(place: Path, of_diffusers: bool) -> list[Path]:
+    """The files that diffusers or transformers read; an index may name nothing but safetensors of its own folder."""
+    stem = "diffusion_pytorch_model" if of_diffusers else "model"
+    index = place / f"{stem}.safetensors.index.json"
+    if not index.exists():
+        return [_file(place, f"{stem}.safetensors")]
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, RecursionError, LookupError, AttributeError, TypeError) as error:
+        raise LoraweaveError(f"{index}: cannot be read as the index of weights ({error})") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise LoraweaveError(f"{index}: expected names of safetensors files in its folder, got {name!r:.120}")
+    return [place / name for name in names]
 
 
 def _custom_shapes(name: str, attention: Any, keys: Iterable[str]) -> dict[str, tuple[int, ...]]:
