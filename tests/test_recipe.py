@@ -110,12 +110,12 @@ def test_random_loras_say_how_they_are_mixed_in_every_form(tmp_path: Path) -> No
         "c": {"method": {"name": "random", "method": gates}, "train": train},
         "d": {"method": {"name": "linear"}},
     }
-    recipe = load_recipe(written(tmp_path, compare=compare))
+    recipe = load_recipe(written(tmp_path, compare=json.loads(json.dumps(compare))))
     found = {label: contender.method.policy() for label, contender in recipe.compare.items()}
     assert [found[label].method for label in ("random", "a", "c")] == [gates] * 3
     assert (found["b"].method, found["d"].name) == ({"name": "linear"}, "linear")
     assert [contender.train for contender in recipe.compare.values()] == [{}, train, {}, train, {}]
-    again = load_recipe(written(tmp_path, compare=recipe.to_dict()["compare"]))
+    again = load_recipe(written(tmp_path, compare=json.loads(json.dumps(recipe.to_dict()["compare"]))))
     assert again.compare == recipe.compare
     assert load_recipe(written(tmp_path, compare={"random": {"method": {"name": "random"}}})).compare["random"]
 

@@ -51,8 +51,8 @@ METHODS: dict[str, Any] = {
     "fused": lw.Sum(),
 }
 """``fused``: of one LoRA, which gradient fusion (Mix-of-Show) makes for each composition."""
-TOLD = 2
-"""Prompts of each LoRA on which it is fused, with elements of the base around its own."""
+FUSING_STEPS = 5
+"""Denoising steps in which each LoRA shows alone what it is given; most of the time goes into these."""
 DISTANCES = ("distance", "element_distance")
 
 
@@ -106,13 +106,12 @@ def train_gates(mixture: lw.Mixture, seed: int, steps: int) -> dict[str, Any]:
     return {"steps": steps, "batch_size": BATCH, "seconds": round(done.seconds, 1), "loss": round(done.loss, 4)}
 
 
-def told_alone(name: str, seed: int) -> list[str]:
-    """Captions of one LoRA's element on a character and a floor that the base knows."""
+def told_alone(name: str, seed: int) -> str:
+    """A caption of one LoRA's element with a character and a floor that the base knows, or its own."""
     rng = random.Random(f"told {name} {seed}")
     own = images.HELD_OUT[name]
     known = {layer: [e for e in images.BASE if e.layer == layer] for layer in ("character", "floor")}
-    drawn = [{layer: rng.choice(of) for layer, of in known.items()} for _ in range(TOLD)]
-    return [images.caption(around | {own.layer: own}) for around in drawn]
+    return images.caption({layer: rng.choice(of) for layer, of in known.items()} | {own.layer: own})
 
 
 @contextmanager
@@ -124,7 +123,7 @@ def composing(pipe: Any, mixture: lw.Mixture | None, loras: tuple[str, ...], see
         return
     experts = {name: f"zoo:images/{name}" for name in loras}
     prompts = {name: told_alone(name, seed) for name in loras}
-    call = {"num_inference_steps": images.STEPS, "guidance_scale": images.GUIDANCE}
+    call = {"num_inference_steps": FUSING_STEPS, "guidance_scale": images.GUIDANCE}
     fused = lw.attach(
         pipe, {"fused": lw.fuse(pipe, experts, prompts, call=call, seed=seed, progress=False)}, METHODS["fused"]
     )

@@ -26,14 +26,18 @@ def test_casts_and_compositions() -> None:
         assert [len(one.loras) for one in made] == [2] * 4 + [3] * 6 + [4] * 4 + [5]
         assert len({one.loras for one in made}) == 15
         assert all(images.HELD_OUT[name].words in one.prompt for one in made for name in one.loras)
+        for name in names:
+            others = [e.words for e in images.HELD_OUT.values() if e is not images.HELD_OUT[name]]
+            assert images.HELD_OUT[name].words in run.told_alone(name, seed)
+            assert not any(words in run.told_alone(name, seed) for words in others)
 
 
+@pytest.mark.slow
 def test_fusion_paints_with_the_composition_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its LoRA is that of the prompts, and the pipeline is bare again."""
-    monkeypatch.setattr(images, "STEPS", 1)
+    monkeypatch.setattr(run, "FUSING_STEPS", 1)
     loras = ("tengu", "faerie")
     prompts = {name: run.told_alone(name, 0) for name in loras}
-    assert all(len(told) == 2 and images.HELD_OUT[name].words in told[0] for name, told in prompts.items())
     pipe: Any = images.pipeline()
     pipe.set_progress_bar_config(disable=True)
 
@@ -57,6 +61,7 @@ def test_fusion_paints_with_the_composition_alone(monkeypatch: pytest.MonkeyPatc
 def test_it_paints_scores_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "STEPS", 2)
     monkeypatch.setattr(run, "SIZES", (4, 5))
+    monkeypatch.setattr(run, "FUSING_STEPS", 1)
     small = ["--methods", "nla", "mole", "fused", "--seeds", "0", "1", "--noises", "1", "--steps", "1"]
     monkeypatch.setattr(sys, "argv", ["run.py", "-o", str(tmp_path), *small])
     run.main()
