@@ -115,7 +115,7 @@ def test_textual_inversions_that_do_not_fit(pipe: Any, tmp_path: Path) -> None:
         textual_inversion(pipe, both)
     # <a> <a>_1 would go on with <a>_2, another's word.
     with pytest.raises(LoraweaveError, match="but '<a>_2' is taken"):
-        textual_inversion(pipe, {word: tmp_path / "y.safetensors" for word in ("<a>", "<a>_2")})
+        textual_inversion(pipe, dict.fromkeys(("<a>", "<a>_2"), tmp_path / "y.safetensors"))
     pipe.tokenizer.add_tokens("<there>")
     refused({"a": random(16)}, "but '<there>' is taken.*such as '<there-1>'", token="<there>")
     pipe.tokenizer = pipes.clip_tokenizer()
