@@ -100,6 +100,26 @@ def test_compare_lists_names_or_labels_methods(tmp_path: Path) -> None:
     assert "every method takes the seeds" in refusal(tmp_path, compare={"mole": {"train": {"seeds": [1]}}})
 
 
+def test_random_loras_say_how_they_are_mixed_in_every_form(tmp_path: Path) -> None:
+    """Their option ``method`` is called like the field of a contestant's long form."""
+    gates, train = {"name": "mole", "granularity": "layer"}, {"steps": 3}
+    compare = {
+        "random": {"method": gates},
+        "a": {"name": "random", "method": gates, "train": train},
+        "b": {"name": "random", "method": "linear"},
+        "c": {"method": {"name": "random", "method": gates}, "train": train},
+        "d": {"method": {"name": "linear"}},
+    }
+    recipe = load_recipe(written(tmp_path, compare=json.loads(json.dumps(compare))))
+    found = {label: contender.method.policy() for label, contender in recipe.compare.items()}
+    assert [found[label].method for label in ("random", "a", "c")] == [gates] * 3
+    assert (found["b"].method, found["d"].name) == ({"name": "linear"}, "linear")
+    assert [contender.train for contender in recipe.compare.values()] == [{}, train, {}, train, {}]
+    again = load_recipe(written(tmp_path, compare=json.loads(json.dumps(recipe.to_dict()["compare"]))))
+    assert again.compare == recipe.compare
+    assert load_recipe(written(tmp_path, compare={"random": {"method": {"name": "random"}}})).compare["random"]
+
+
 def test_overrides(tmp_path: Path) -> None:
     path = written(tmp_path, method="mole", train={"steps": 800})
     recipe = load_recipe(path, ["train.steps=5", "train.learning_rate=1e-2", "method.scale=4", "compare=[sum, linear]"])

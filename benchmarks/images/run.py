@@ -17,6 +17,8 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,11 @@ METHODS: dict[str, Any] = {
     "mole": lw.MoLE(activation="sigmoid"),
     "mole_softmax": lw.MoLE(),
     "mole_paper": lw.MoLE.paper(),
+    "fused": lw.Sum(),
 }
+"""``fused``: of one LoRA, which gradient fusion (Mix-of-Show) makes for each composition."""
+FUSING_STEPS = 5
+"""Denoising steps in which each LoRA shows alone what it is given; most of the time goes into these."""
 DISTANCES = ("distance", "element_distance")
 
 
@@ -100,6 +106,33 @@ def train_gates(mixture: lw.Mixture, seed: int, steps: int) -> dict[str, Any]:
     return {"steps": steps, "batch_size": BATCH, "seconds": round(done.seconds, 1), "loss": round(done.loss, 4)}
 
 
+def told_alone(name: str, seed: int) -> str:
+    """A caption of one LoRA's element with a character and a floor that the base knows, or its own."""
+    rng = random.Random(f"told {name} {seed}")
+    own = images.HELD_OUT[name]
+    known = {layer: [e for e in images.BASE if e.layer == layer] for layer in ("character", "floor")}
+    return images.caption({layer: rng.choice(of) for layer, of in known.items()} | {own.layer: own})
+
+
+@contextmanager
+def composing(pipe: Any, mixture: lw.Mixture | None, loras: tuple[str, ...], seed: int) -> Iterator[None]:
+    """Within the block the pipeline paints with these LoRAs: the mixture's, or without one their fusion."""
+    if mixture is not None:
+        with mixture.only(*loras):
+            yield
+        return
+    experts = {name: f"zoo:images/{name}" for name in loras}
+    prompts = {name: told_alone(name, seed) for name in loras}
+    call = {"num_inference_steps": FUSING_STEPS, "guidance_scale": images.GUIDANCE}
+    fused = lw.attach(
+        pipe, {"fused": lw.fuse(pipe, experts, prompts, call=call, seed=seed, progress=False)}, METHODS["fused"]
+    )
+    try:
+        yield
+    finally:
+        fused.detach()
+
+
 def distances(tiles: Any, one: images.Composition, picture: Any) -> dict[str, float]:
     """Mean squared distance to the exact picture (pixels in 0 to 1): whole, and where the LoRAs' elements show."""
     exact = tiles.draw([one.elements])[0] / 2 + 0.5
@@ -114,16 +147,18 @@ def cell(label: str, seed: int, args: argparse.Namespace, tiles: Any, judge: Com
     """Trains where there is something to train, and paints every composition of one cast."""
     pipe: Any = images.pipeline()
     pipe.set_progress_bar_config(disable=True)
-    mixture = lw.attach(pipe, {name: f"zoo:images/{name}" for name in cast(seed)}, METHODS[label])
-    learned = train_gates(mixture, seed, args.steps) if label.startswith("mole") else None
+    mixture = learned = None
+    if label != "fused":
+        mixture = lw.attach(pipe, {name: f"zoo:images/{name}" for name in cast(seed)}, METHODS[label])
+        learned = train_gates(mixture, seed, args.steps) if label.startswith("mole") else None
     rows, began = [], time.perf_counter()
     for number, one in enumerate(composed(cast(seed), seed)):
         size = len(one.loras)
         noises = [
             torch.Generator().manual_seed(1000 * seed + 10 * number + n) for n in range(min(args.noises, NOISES[size]))
         ]
-        with mixture.only(*one.loras):
-            pictures = mixture.pipeline(
+        with composing(pipe, mixture, one.loras, seed):
+            pictures = pipe(
                 one.prompt,
                 generator=noises,
                 num_images_per_prompt=len(noises),

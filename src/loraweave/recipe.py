@@ -25,6 +25,7 @@ from loraweave import recipe_yaml
 from loraweave.errors import LoraweaveError, unknown
 from loraweave.recipe_images import Images
 from loraweave.recipe_merge import Merge
+from loraweave.recipe_rivals import KINDS, Rival
 from loraweave.recipe_testbed import Published, Testbed, small_form
 
 if TYPE_CHECKING:
@@ -83,8 +84,8 @@ class Contestant(Method):
         return super().policy()
 
 
-class Contender(_Part):
-    """A method that takes part in a comparison, and what it does differently from ``train``; or a saved mixture."""
+class Contender(Rival):
+    """A method that takes part in a comparison, and what it does differently from ``train``; or no method of ours."""
 
     method: Contestant = Field(default_factory=Contestant)
     train: dict[str, Any] = Field(default={}, description="fields of 'train' that differ for this method")
@@ -97,6 +98,8 @@ class Contender(_Part):
     def _either(self) -> Contender:
         if self.saved is not None and self.model_fields_set & {"method", "train"}:
             raise LoraweaveError("a saved mixture brings its own trained method; remove what stands beside 'saved'")
+        if self.kind is not None and self.model_fields_set & {"method", "train", "saved"}:
+            raise LoraweaveError(f"{self.kind}: it is no mixture; remove 'method', 'train' and 'saved' beside it")
         return self
 
 
@@ -271,6 +274,7 @@ class Recipe(_Part):
                 raise LoraweaveError(f"data.tasks.{name}.expert: {problem}")
         for label, contender in self.compare.items():
             self.training(label, contender)
+            contender.check(label, self.names)
         for name in self.testbed.elements if self.testbed is not None else ():
             if name not in self.names:
                 raise LoraweaveError(f"testbed.elements: {unknown('expert', name, self.names)}")
@@ -359,28 +363,43 @@ def _known_metric(name: str | None) -> str | None:
 
 
 def _contender(label: str, entry: Any) -> Any:
-    """``mole``, ``{scale: 1}`` under the label ``mole``, ``{name: mole, train: {...}}``, or ``{saved: folder}`` -> a
-    contender's fields."""
+    """``mole``, ``{scale: 1}`` under the label ``mole``, ``{name: mole, train: {...}}``, ``{saved: folder}``, or
+    ``{dreambooth: folder}`` -> a contender's fields."""
     if entry is None:
         entry = {}
     if isinstance(entry, str):
         entry = {"name": entry}
-    if not isinstance(entry, Mapping) or "method" in entry:
+    if not isinstance(entry, Mapping) or ("method" in entry and not _mixes_random(label, entry)):
         return entry
     if "saved" in entry:
         # What stands beside it is refused by the contender itself.
         given = {name: value for name, value in entry.items() if name in ("saved", "train")}
         return given if given == entry else {**given, "method": {}}
+    if any(kind in entry for kind in KINDS):
+        return entry
     options = {"name": label, **entry}
     train = options.pop("train", {})
+    if isinstance(inner := options.get("method"), str):
+        options["method"] = {"name": inner}
     return {"method": options, "train": train}
+
+
+def _mixes_random(label: str, entry: Mapping[str, Any]) -> bool:
+    """Whether ``method`` is the option of ``random``, which has one called so, and not the long form's field."""
+    if "name" in entry:
+        return bool(entry["name"] == "random")
+    whole = isinstance(entry["method"], Mapping) and entry["method"].get("name") == "random"
+    return label == "random" and "train" not in entry and not whole
 
 
 def _placed(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe with its data files, and those experts and bases that are folders, relative to ``folder``."""
 
+    def inside(source: str) -> str:
+        return str(folder / Path(source).expanduser())
+
     def file(source: str | None) -> str | None:
-        return source if source is None or source.startswith(ZOO_PREFIX) else str(folder / Path(source).expanduser())
+        return source if source is None or source.startswith(ZOO_PREFIX) else inside(source)
 
     def maybe(source: str) -> str:
         here = folder / Path(source).expanduser()
@@ -398,7 +417,7 @@ def _placed(recipe: Recipe, folder: Path) -> Recipe:
     placed = {"base": maybe(recipe.base), "experts": experts, "merged": merged, "data": data}
     placed |= {"testbed": recipe.testbed and recipe.testbed.placed(folder)}
     placed["compare"] = {
-        label: contender.model_copy(update={"saved": file(contender.saved)}) if contender.saved else contender
+        label: contender.placed(inside).model_copy(update={"saved": file(contender.saved)} if contender.saved else {})
         for label, contender in recipe.compare.items()
     }
     return recipe.model_copy(update=placed | {"images": recipe.images and recipe.images.placed(folder, maybe)})

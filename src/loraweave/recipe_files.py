@@ -49,6 +49,8 @@ def needs(recipe: Recipe, folder: str | Path = ".") -> list[Need]:
         add(f"{place}.test", task.test)
     for label, contender in recipe.compare.items():
         add(f"compare.{label}.saved", contender.saved)
+        for field, place in contender.sources().items():
+            add(f"compare.{label}.{field}", place)
     if recipe.testbed is not None:
         add("testbed.vae", recipe.testbed.vae)
         for name, element in recipe.testbed.elements.items():

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
+import loraweave as lw
 from images import run
+from loraweave.evaluation.compositions import CompositionJudge
 from loraweave.zoo import images
 
 
@@ -23,6 +28,39 @@ def test_casts_and_compositions() -> None:
         assert [len(one.loras) for one in made] == [2] * 4 + [3] * 6 + [4] * 4 + [5]
         assert len({one.loras for one in made}) == 15
         assert all(images.HELD_OUT[name].words in one.prompt for one in made for name in one.loras)
+        for name in names:
+            others = [e.words for e in images.HELD_OUT.values() if e is not images.HELD_OUT[name]]
+            assert images.HELD_OUT[name].words in run.told_alone(name, seed)
+            assert not any(words in run.told_alone(name, seed) for words in others)
+
+
+@pytest.mark.slow
+def test_fusion_paints_with_the_composition_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cell holds what the library fuses of the cast, and the pipeline is bare again."""
+    for name, value in (("FUSING_STEPS", 1), ("SIZES", (5,))):
+        monkeypatch.setattr(run, name, value)
+    monkeypatch.setattr(images, "STEPS", 2)
+    loras = run.cast(0)
+    made = run.cell("fused", 0, argparse.Namespace(out=tmp_path, noises=1), None, CompositionJudge())
+    assert (made["training"], len(made["rows"])) == (None, 1)
+    pipe: Any = images.pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 2, "guidance_scale": images.GUIDANCE}
+
+    def paint() -> bytes:
+        (one,) = run.composed(loras, 0)
+        drawn: bytes = pipe(one.prompt, generator=torch.Generator().manual_seed(0), **call).images[0].tobytes()
+        return drawn
+
+    bare = paint()
+    with run.composing(pipe, None, loras[:2], 0):
+        pass
+    assert paint() == bare
+    prompts = {name: run.told_alone(name, 0) for name in loras}
+    fused = lw.fuse(pipe, images.loras(loras), prompts, call=call | {"num_inference_steps": 1}, progress=False)
+    mixture = lw.attach(pipe, {"fused": fused}, lw.Sum())
+    assert paint() == Image.open(tmp_path / "pictures" / "fused" / "0-0-0.png").tobytes() != bare
+    mixture.detach()
 
 
 @pytest.mark.slow

@@ -16,11 +16,13 @@ def test_it_writes_what_the_library_fuses(world: Path, tmp_path: Path, capsys: p
     data = {name: str(world / f"{name}.jsonl") for name in ("colour", "size")}
     given = [part for name, file in data.items() for part in ("--data", f"{name}={file}")]
     out = tmp_path / "fused"
-    assert main(["fuse", str(world / "recipe.yaml"), *given, "-o", str(out), "--rank", "3"]) == 0
+    assert (
+        main(["fuse", str(world / "recipe.yaml"), *given, "-o", str(out), "--rank", "3", "--weight", "size=0.5"]) == 0
+    )
     assert "fused: 16 modules, rank 3" in capsys.readouterr().out
     model, tokenizer = load_base(str(world / "base"))
     loras = {name: world / "loras" / name for name in data}
-    expected = lw.fuse(model, loras, data, rank=3, tokenizer=tokenizer, progress=False)
+    expected = lw.fuse(model, loras, data, rank=3, weights={"size": 0.5}, tokenizer=tokenizer, progress=False)
     read = lw.read_expert(out)
     assert all(torch.equal(f.A, expected.factors[path].A) for path, f in read.factors.items())
 
@@ -34,6 +36,7 @@ def test_it_writes_what_the_library_fuses(world: Path, tmp_path: Path, capsys: p
         (["--data", "colour=a", "--data", "colour=b"], "'colour' is given twice"),
         (["--prompt", "colour="], "--prompt colour=: expected NAME=TEXT"),
         (["--prompt", "colour=red"], "expected a name that ends in .safetensors"),
+        (["--data", "colour=a.jsonl", "--weight", "size=x"], "--weight size=x: expected a number"),
         (["--data", "colour=a.jsonl"], "data: none for expert 'size'"),
     ],
 )

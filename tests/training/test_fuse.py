@@ -80,6 +80,23 @@ def test_it_is_the_least_squares_solution(architecture: str) -> None:
     assert fused.factors.keys() == {path for one in experts.values() for path in one.factors}
 
 
+def test_strengths_are_as_if_the_loras_were_so_strong() -> None:
+    """In the inputs that are gathered, and in what is kept; one at 0 keeps the bare model where its data go."""
+    host = tiny.model("llama", torch.float64)
+    experts = tiny.experts(host, "llama", torch.float64)
+    scales = {"ant": 0.5, "bee": 0.0, "cat": 1.0}
+    by_hand = {
+        name: lw.Expert(name, {p: lw.LoraFactors(f.A, scales[name] * f.B, f.scale) for p, f in one.factors.items()})
+        for name, one in experts.items()
+    }
+    fused, expected = fuse(host, experts, weights={"ant": 0.5, "bee": 0}), fuse(host, by_hand)
+    assert fused.factors.keys() == expected.factors.keys()
+    for path, f in fused.factors.items():
+        assert_close(dense(f), dense(expected.factors[path]), atol=1e-8, rtol=1e-8)
+    plain = fuse(host, experts)
+    assert any((dense(f) - dense(plain.factors[path])).abs().max() > 1e-2 for path, f in fused.factors.items())
+
+
 def test_one_expert_comes_back_where_its_data_went() -> None:
     host = tiny.model("llama", torch.float64)
     one = {"ant": tiny.expert(host, ("q_proj", "down_proj"), 2, 1.5, seed=1, dtype=torch.float64)}
@@ -176,6 +193,8 @@ def test_the_result_loads_in_peft(tmp_path: Any) -> None:
         (DATA, {"ridge": 0.0}, "fuse ridge: expected a finite number larger than 0"),
         (DATA, {"rank": 0}, "fuse rank: expected a whole number"),
         (DATA, {"batch_size": 0}, "fuse batch_size: expected at least 1"),
+        (DATA, {"weights": {"cow": 1.0}}, "unknown expert 'cow'"),
+        (DATA, {"weights": {"cat": float("nan")}}, "fuse weight of 'cat': expected a finite number"),
     ],
 )
 def test_refusals(data: Any, options: dict[str, Any], said: str) -> None:

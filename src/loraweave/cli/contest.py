@@ -78,6 +78,10 @@ class Contest:
                     f"compare.{label}.saved: is for pictures (loraweave testbed, loraweave image); a comparison trains "
                     "every method itself, and 'loraweave evaluate' measures a saved mixture"
                 )
+            if contender.kind is not None:
+                raise LoraweaveError(
+                    f"compare.{label}.{contender.kind}: is for pictures (loraweave testbed, loraweave image); remove it"
+                )
             if label == BASE or label.startswith(single("")):
                 raise LoraweaveError(f"compare.{label}: every comparison has such a row; choose another label")
         self.seeds = recipe.train.seeds or (recipe.train.seed,)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from loraweave.cli.merge import weights_of
 from loraweave.cli.verb import Verb, positive
 from loraweave.errors import LoraweaveError
 
@@ -23,6 +24,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "-o", "--out", metavar="DIR", required=True, help="where the LoRA is written; of a pipeline a .safetensors file"
+    )
+    parser.add_argument(
+        "--weight", metavar="NAME=NUMBER", action="append", default=[], help="strength of one LoRA (default: 1)"
     )
     parser.add_argument("--rank", type=positive, metavar="N", help="of the result at most (default: all there is)")
     parser.add_argument("--ridge", type=float, metavar="X", default=1e-6, help="default: 1e-6")
@@ -60,7 +64,7 @@ def _read(recipe: Recipe, data: dict[str, Any], options: argparse.Namespace) -> 
     check_folder(options.out, options.overwrite)
     examples = {name: files[0] for name, files in data.items()}
     model, tokenizer = load_base(recipe.base)
-    settings = {"rank": options.rank, "ridge": options.ridge, "batch_size": options.batch_size}
+    settings = _settings(options) | {"batch_size": options.batch_size}
     fused = lw.fuse(model, recipe.sources(), examples, tokenizer=tokenizer, **settings)
     _say(fused)
     return lw.write_expert(fused, options.out, overwrite=options.overwrite)
@@ -77,10 +81,14 @@ def _painted(recipe: Recipe, data: dict[str, Any], options: argparse.Namespace) 
     pipe = load_pipeline(recipe.base, "DiffusionPipeline")
     if torch.cuda.is_available():
         pipe.to("cuda")
-    settings = {"rank": options.rank, "ridge": options.ridge, "seed": options.seed}
+    settings = _settings(options) | {"seed": options.seed}
     fused = lw.fuse(pipe, recipe.sources(), data, call={"num_inference_steps": options.steps}, **settings)
     _say(fused)
     return write_lora_file(fused, options.out, overwrite=options.overwrite)
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    return {"weights": weights_of(options.weight), "rank": options.rank, "ridge": options.ridge}
 
 
 def _say(fused: Any) -> None:

@@ -51,7 +51,7 @@ def _run(options: argparse.Namespace) -> None:
     sources = _sources(options.loras, options.expert)
     check_folder(options.out, options.overwrite)
     settings = _settings(options.set)
-    merged, said = _merged(options.how, sources, settings, _weights(options.weight))
+    merged, said = _merged(options.how, sources, settings, weights_of(options.weight))
     place = write_expert(merged, options.out, overwrite=options.overwrite)
     ranks = sorted({factors.rank for factors in merged.factors.values()})
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
@@ -108,17 +108,18 @@ def _settings(assignments: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def _weights(assignments: Sequence[str]) -> dict[str, float]:
-    weights: dict[str, float] = {}
+def weights_of(assignments: Sequence[str]) -> dict[str, float]:
+    """Expert -> number, of ``--weight NAME=NUMBER``."""
+    found: dict[str, float] = {}
     for assignment in assignments:
         name, number = _pair(assignment, "--weight", "NAME=NUMBER")
-        if name in weights:
+        if name in found:
             raise LoraweaveError(f"--weight {assignment}: {name!r} is weighed twice")
         try:
-            weights[name] = float(number)
+            found[name] = float(number)
         except ValueError as error:
             raise LoraweaveError(f"--weight {assignment}: expected a number, got {number!r}") from error
-    return weights
+    return found
 
 
 def _pair(text: str, option: str, form: str) -> tuple[str, str]:

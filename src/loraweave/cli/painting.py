@@ -6,6 +6,7 @@ import argparse
 import re
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +16,14 @@ from loraweave import persistence
 from loraweave.errors import LoraweaveError, LoraweaveWarning, unknown
 from loraweave.evaluation.environment import environment
 from loraweave.experts.triggers import warn_of_triggers
+from loraweave.experts.types import Expert
 from loraweave.files import atomic_path, write_json_atomic
+from loraweave.integrations.rivals import Loading
 from loraweave.mixture import Mixture, attach
 from loraweave.policies import Composite, Sum, Switch, registry
 from loraweave.recipe import Method, Recipe
+from loraweave.recipe_rivals import Rival
+from loraweave.recipe_testbed import Testbed
 from loraweave.reporting.sheets import contact_sheet
 from loraweave.training.learn import learns
 
@@ -35,13 +40,36 @@ def paint(recipe: Recipe, options: argparse.Namespace) -> None:
     pipe = load_pipeline(recipe.base, "DiffusionPipeline")
     if torch.cuda.is_available():
         pipe.to("cuda", torch.float16)
+    # What does not fit shows now, not after the painting before it.
+    loadings = {
+        label: loading(label, way.rival, pipe, recipe.experts, recipe.testbed, call_of(options))
+        for label, way in methods.items()
+        if way.rival is not None
+    }
     mixture = attach(pipe, recipe.experts, Sum())
     warn_of_triggers(mixture.sources, [options.prompt])
     for label, way in methods.items():
-        print(f"{label}: {cost(way.policy, len(mixture.experts))}", flush=True)
+        print(f"{label}: {cost(way, len(mixture.experts))}", flush=True)
+    for label, block in loadings.items():
+        block.warn_of_tokens(label, [methods[label].prompt(options.prompt)])
     pictures: dict[tuple[str, int], Any] = {}
     entries = []
+
+    def take(label: str) -> None:
+        for seed in options.seed:
+            began = time.perf_counter()
+            picture = one(pipe, options, seed, methods[label].prompt(options.prompt))
+            seconds = time.perf_counter() - began
+            name = f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', label)}-{seed}.png"
+            pictures[label, seed] = picture
+            with atomic_path(out / name) as path:
+                picture.save(path, format="PNG")
+            entries.append({"method": label, "seed": seed, "file": name, "seconds": round(seconds, 3)})
+            print(f"{out / name}: {seconds:.1f} s", flush=True)
+
     for label, way in methods.items():
+        if way.rival is not None:
+            continue
         if way.saved is None:
             mixture.policy = Sum(0.0) if way.policy is None else way.policy
             if learns(mixture):
@@ -53,16 +81,12 @@ def paint(recipe: Recipe, options: argparse.Namespace) -> None:
                 )
         else:
             persistence.adopt(mixture, way.saved)
-        for seed in options.seed:
-            began = time.perf_counter()
-            picture = one(pipe, options, seed)
-            seconds = time.perf_counter() - began
-            name = f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', label)}-{seed}.png"
-            pictures[label, seed] = picture
-            with atomic_path(out / name) as path:
-                picture.save(path, format="PNG")
-            entries.append({"method": label, "seed": seed, "file": name, "seconds": round(seconds, 3)})
-            print(f"{out / name}: {seconds:.1f} s", flush=True)
+        take(label)
+    mixture.detach()
+    for label, block in loadings.items():
+        with block:
+            take(label)
+    entries.sort(key=lambda entry: list(methods).index(entry["method"]))
     with atomic_path(out / _SHEET) as path:
         rows = [[pictures[label, seed] for label in methods] for seed in options.seed]
         contact_sheet(rows, list(methods), [f"#{seed}" for seed in options.seed]).save(path, format="PNG")
@@ -76,10 +100,16 @@ class Way(NamedTuple):
     Attributes:
         policy: the method, ``None`` for the bare base.
         saved: the mixture whose method and gates these are.
+        rival: what is no mixture.
     """
 
     policy: Any
     saved: Path | None = None
+    rival: Rival | None = None
+
+    def prompt(self, text: str) -> str:
+        """The prompt in the words that this one reads."""
+        return text if self.rival is None else self.rival.prompt(text)
 
 
 def contestants(recipe: Recipe) -> dict[str, Way]:
@@ -90,6 +120,9 @@ def contestants(recipe: Recipe) -> dict[str, Way]:
     """
     found = {}
     for label, contender in recipe.compare.items():
+        if contender.kind is not None:
+            found[label] = Way(None, rival=contender)
+            continue
         if contender.saved is None:
             found[label] = Way(contender.method.policy())
             continue
@@ -133,8 +166,13 @@ def chosen(recipe: Recipe, names: list[str]) -> dict[str, Way]:
     return found
 
 
-def cost(method: Any, experts: int) -> str:
+def cost(way: Way, experts: int) -> str:
     """What a step costs, in words."""
+    if way.rival is not None and way.rival.fuse is not None:
+        return f"as one LoRA, once {experts} are fused, which paints every prompt of each"
+    method = way.policy
+    if method is None and way.rival is not None:
+        return "as the bare base"
     if method is None:
         return "the bare base"
     if isinstance(method, Composite):
@@ -145,16 +183,43 @@ def cost(method: Any, experts: int) -> str:
     )
 
 
-def one(pipe: Any, options: argparse.Namespace, seed: int) -> Any:
+def one(pipe: Any, options: argparse.Namespace, seed: int, prompt: str) -> Any:
     """One picture."""
-    call: dict[str, Any] = {"prompt": options.prompt, "num_inference_steps": options.steps}
+    call = {"prompt": prompt, "num_inference_steps": options.steps, **call_of(options)}
+    return pipe(**call, generator=torch.Generator().manual_seed(seed)).images[0]
+
+
+def call_of(options: argparse.Namespace | Testbed) -> dict[str, Any]:
+    """What every call of the pipeline is given, as far as it is set."""
+    call: dict[str, Any] = {}
     if options.negative is not None:
         call["negative_prompt"] = options.negative
     if options.guidance is not None:
         call["guidance_scale"] = options.guidance
     if options.size is not None:
         call["width"], call["height"] = options.size
-    return pipe(**call, generator=torch.Generator().manual_seed(seed)).images[0]
+    return call
+
+
+def loading(
+    label: str,
+    rival: Rival,
+    pipe: Any,
+    experts: Mapping[str, str | Expert],
+    testbed: Testbed | None,
+    call: Mapping[str, Any],
+) -> Loading:
+    """:meth:`Rival.loading`, with the test bed's trigger words as default prompts.
+
+    Raises:
+        LoraweaveError: something does not fit the pipeline; the message names the contestant.
+    """
+    elements = {} if testbed is None else testbed.elements
+    said = {name: ", ".join(element.triggers) for name, element in elements.items()}
+    try:
+        return rival.loading(pipe, experts, said, call)
+    except LoraweaveError as error:
+        raise LoraweaveError(f"compare.{label}: {error}") from error
 
 
 def described(recipe: Recipe, options: argparse.Namespace, mixture: Mixture, methods: dict[str, Way]) -> dict[str, Any]:
@@ -179,6 +244,8 @@ def described(recipe: Recipe, options: argparse.Namespace, mixture: Mixture, met
 
 
 def _described(way: Way) -> dict[str, Any] | None:
+    if way.rival is not None:
+        return way.rival.model_dump(mode="json", exclude_unset=True)
     if way.policy is None:
         return None
     return registry.to_dict(way.policy) | ({} if way.saved is None else {"saved": str(way.saved)})

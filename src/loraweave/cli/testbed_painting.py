@@ -18,16 +18,18 @@ from rich.table import Table
 from tqdm import tqdm
 
 from loraweave import persistence
-from loraweave.cli.painting import Way, contestants
+from loraweave.cli.painting import Way, call_of, contestants, loading
 from loraweave.errors import LoraweaveError, unknown
 from loraweave.evaluation.testbed import chosen_sets, testbed_of
 from loraweave.experts.resolve import resolve_experts
 from loraweave.experts.types import Expert
 from loraweave.files import atomic_path, write_json_atomic, write_text_atomic
 from loraweave.integrations.host import open_host
+from loraweave.integrations.rivals import Loading
 from loraweave.mixture import Mixture, attach
 from loraweave.policies import Sum, registry
 from loraweave.recipe import Recipe
+from loraweave.recipe_rivals import Rival
 from loraweave.recipe_testbed import CompositionSet, Testbed
 from loraweave.training.learn import learns
 
@@ -140,12 +142,18 @@ def _paint(
     total: int,
 ) -> None:
     pipe = _pipeline(recipe, testbed)
-    plain = {label: way.policy for label, way in ways.items() if way.saved is None}
+    plain = {label: way.policy for label, way in ways.items() if way.saved is None and way.rival is None}
     saved = {label: way.saved for label, way in ways.items() if way.saved is not None}
     all_of = {label: persistence.saved_experts(place) for label, place in saved.items()}
     needed = {name for one, jobs in todo.items() if jobs for name in one.experts}.union(*all_of.values())
     sources = {name: source for name, source in recipe.sources().items() if name in needed}
-    experts = {e.name: _scaled(e, testbed.strength) for e in resolve_experts(sources, open_host(pipe, None).read)}
+    read = resolve_experts(sources, open_host(pipe, None).read)
+    experts = {expert.name: expert.scaled(testbed.strength) for expert in read}
+    rivals = {
+        label: _Rival(way.rival, label, pipe, testbed, experts, todo)
+        for label, way in ways.items()
+        if way.rival is not None
+    }
     with tqdm(total=total, desc="painting", unit="picture", disable=not sys.stderr.isatty()) as bar:
         for one, jobs in todo.items():
             own = [job for job in jobs if job.method in plain]
@@ -171,6 +179,42 @@ def _paint(
                                 _finish(pipe, testbed, job, bar)
             finally:
                 mixture.detach()
+        for rival in rivals.values():
+            rival.paint(bar)
+
+
+class _Rival:
+    """A contestant that is no mixture, and its pictures; what does not fit the pipeline shows at once."""
+
+    def __init__(
+        self,
+        rival: Rival,
+        label: str,
+        pipe: Any,
+        testbed: Testbed,
+        experts: Mapping[str, Expert],
+        todo: Mapping[CompositionSet, Sequence[_Job]],
+    ) -> None:
+        self.rival, self.label, self.pipe, self.testbed, self.experts = rival, label, pipe, testbed, experts
+        own = {
+            one: [dataclasses.replace(job, prompt=rival.prompt(job.prompt)) for job in jobs if job.method == label]
+            for one, jobs in todo.items()
+        }
+        self.todo = {one: jobs for one, jobs in own.items() if jobs}
+        if self.todo:
+            prompts = dict.fromkeys(job.prompt for jobs in self.todo.values() for job in jobs)
+            self._loading(list(self.todo)).warn_of_tokens(label, list(prompts))
+
+    def paint(self, bar: Any) -> None:
+        for sets in [[one] for one in self.todo] if self.rival.hangs_on_set else [list(self.todo)]:
+            if sets:
+                with self._loading(sets):
+                    for job in (job for one in sets for job in self.todo[one]):
+                        _finish(self.pipe, self.testbed, job, bar)
+
+    def _loading(self, sets: Sequence[CompositionSet]) -> Loading:
+        experts = {name: self.experts[name] for one in sets for name in one.experts}
+        return loading(self.label, self.rival, self.pipe, experts, self.testbed, call_of(self.testbed))
 
 
 def _finish(pipe: Any, testbed: Testbed, job: _Job, bar: Any) -> None:
@@ -198,11 +242,6 @@ def _pipeline(recipe: Recipe, testbed: Testbed) -> Any:
         pipe.to("cuda", torch.float16)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def _scaled(expert: Expert, strength: float) -> Expert:
-    factors = {path: dataclasses.replace(f, scale=f.scale * strength) for path, f in expert.factors.items()}
-    return dataclasses.replace(expert, factors=factors)
 
 
 def _refuse_strangers(recipe: Recipe, ways: Mapping[str, Way], chosen: Sequence[CompositionSet]) -> None:
@@ -233,13 +272,7 @@ def _refuse_untrained(mixture: Mixture, policies: Mapping[str, Any]) -> None:
 
 
 def _picture(pipe: Any, testbed: Testbed, job: _Job) -> Any:
-    call: dict[str, Any] = {"prompt": job.prompt, "num_inference_steps": testbed.steps}
-    if testbed.negative is not None:
-        call["negative_prompt"] = testbed.negative
-    if testbed.guidance is not None:
-        call["guidance_scale"] = testbed.guidance
-    if testbed.size is not None:
-        call["width"], call["height"] = testbed.size
+    call = {"prompt": job.prompt, "num_inference_steps": testbed.steps, **call_of(testbed)}
     return pipe(**call, generator=torch.Generator().manual_seed(job.seed)).images[0]
 
 
@@ -272,6 +305,8 @@ def _same_settings(path: Path, recipe: Recipe, testbed: Testbed, ways: Mapping[s
 
 def _described(way: Way) -> dict[str, Any]:
     """A method, with what tells one training of its gates from another."""
+    if way.rival is not None:
+        return way.rival.described()
     described: dict[str, Any] = registry.to_dict(way.policy)
     if way.saved is None:
         return described

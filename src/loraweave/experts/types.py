@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -52,3 +53,10 @@ class Expert:
     base: str | None = None
     revision: str | None = None
     report: ExpertReport | None = field(default=None, repr=False, compare=False)
+
+    def scaled(self, strength: float) -> Expert:
+        """The same at ``strength`` times its scale."""
+        if strength == 1:
+            return self
+        factors = {path: dataclasses.replace(f, scale=f.scale * strength) for path, f in self.factors.items()}
+        return dataclasses.replace(self, factors=factors)

@@ -127,6 +127,25 @@ def apply_shifts(model: nn.Module, shifts: Shifts) -> Iterator[None]:
         LoraweaveError: a module is unknown or has no weight, or its weight has another number of singular values;
             nothing has been changed then.
     """
+    found = shifted_weights(model, shifts)
+    saved = {name: weight.detach().clone() for name, weight in found.items()}
+    try:
+        with torch.no_grad():
+            for name, weight in found.items():
+                weight.copy_(shifted(saved[name], shifts[name]))
+        yield
+    finally:
+        with torch.no_grad():
+            for name, weight in found.items():
+                weight.copy_(saved[name])
+
+
+def shifted_weights(model: nn.Module, shifts: Shifts) -> dict[str, nn.Parameter]:
+    """Module -> the weight that its shifts change; without those whose shifts are all zero.
+
+    Raises:
+        LoraweaveError: as :func:`apply_shifts`.
+    """
     modules = dict(model.named_modules())
     found: dict[str, nn.Parameter] = {}
     for name, delta in shifts.items():
@@ -140,16 +159,7 @@ def apply_shifts(model: nn.Module, shifts: Shifts) -> Iterator[None]:
             raise LoraweaveError(f"{name}: expected {count} shifts, got {list(delta.shape)}; is it for another base?")
         if delta.any():
             found[name] = weight
-    saved = {name: weight.detach().clone() for name, weight in found.items()}
-    try:
-        with torch.no_grad():
-            for name, weight in found.items():
-                weight.copy_(shifted(saved[name], shifts[name]))
-        yield
-    finally:
-        with torch.no_grad():
-            for name, weight in found.items():
-                weight.copy_(saved[name])
+    return found
 
 
 def as_matrix(weight: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from loraweave.experts.types import Expert, LoraFactors
 from loraweave.integrations.host import open_host
 from loraweave.mixing.layer import MixingConv, MixingLayer
 from loraweave.mixture import Mixture, attach_read
+from loraweave.policies.checks import weight_vector
 from loraweave.policies.sum import Sum
 from loraweave.text import IGNORED, Collator, encode_example
 from loraweave.training.train import load_tokenizer
@@ -38,6 +39,7 @@ def fuse(
     experts: Mapping[str, str | Path | Expert] | Sequence[str | Path | Expert],
     data: Data,
     *,
+    weights: Mapping[str, float] | None = None,
     rank: int | None = None,
     ridge: float = 1e-6,
     name: str = "fused",
@@ -61,6 +63,7 @@ def fuse(
         experts: as for :func:`loraweave.attach`.
         data: expert -> what it was made for. For a pipeline: prompts, which are painted. Else examples, as
             :func:`loraweave.train` takes them, or ready batches (dicts of tensors) to call the model with.
+        weights: strength of every expert that it names, in what is gathered and in what is kept; the others have 1.
         rank: of the result at most (Eckart and Young); ``None`` keeps everything, at most the sum of the ranks.
         ridge: what keeps the solution finite in directions no data go to; there the result changes nothing.
         name: of the result.
@@ -85,7 +88,10 @@ def fuse(
         raise LoraweaveError(f"fuse batch_size: expected at least 1, got {batch_size}")
     host = open_host(model)
     read = resolve_experts(experts, host.read)
-    _check_data(data, [expert.name for expert in read])
+    names = [expert.name for expert in read]
+    _check_data(data, names)
+    strengths = weight_vector("fuse", weights or {}, names, 1.0).tolist()
+    read = [expert.scaled(strength) for expert, strength in zip(read, strengths, strict=True)]
     mixture = attach_read(host, list(read), Sum(), None)
     try:
         _check_convolutions(mixture)
