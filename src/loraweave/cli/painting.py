@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +17,10 @@ from loraweave import persistence
 from loraweave.errors import LoraweaveError, LoraweaveWarning, unknown
 from loraweave.evaluation.environment import environment
 from loraweave.experts.triggers import warn_of_triggers
-from loraweave.files import atomic_path, write_json_atomic
+from loraweave.files import atomic_path, make_folder, write_json_atomic
 from loraweave.mixture import Mixture, attach
 from loraweave.policies import Composite, Sum, Switch, registry
-from loraweave.recipe import Method, Recipe
+from loraweave.recipe import Recipe
 from loraweave.reporting.sheets import contact_sheet
 from loraweave.training.learn import learns
 
@@ -31,16 +33,22 @@ def paint(recipe: Recipe, options: argparse.Namespace) -> None:
     from loraweave.integrations.diffusers import load_pipeline
 
     methods = chosen(recipe, options.method)
-    out = Path(options.out)
+    if len(set(options.seed)) < len(options.seed):
+        raise LoraweaveError("argument --seed: a seed is given twice; each makes one picture")
+    for name, source in recipe.experts.items():  # before gigabytes of base are loaded
+        if source.endswith(".safetensors") and not Path(source).exists():
+            raise LoraweaveError(f"experts.{name}: {source}: no such file")
+    out = make_folder(options.out)
     pipe = load_pipeline(recipe.base, "DiffusionPipeline")
     if torch.cuda.is_available():
         pipe.to("cuda", torch.float16)
-    mixture = attach(pipe, recipe.experts, Sum())
+    pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
+    mixture = attach(pipe, recipe.sources(), Sum())
     warn_of_triggers(mixture.sources, [options.prompt])
     for label, way in methods.items():
         print(f"{label}: {cost(way.policy, len(mixture.experts))}", flush=True)
     pictures: dict[tuple[str, int], Any] = {}
-    entries = []
+    entries, stems = [], stems_of(methods)
     for label, way in methods.items():
         if way.saved is None:
             mixture.policy = Sum(0.0) if way.policy is None else way.policy
@@ -55,9 +63,9 @@ def paint(recipe: Recipe, options: argparse.Namespace) -> None:
             persistence.adopt(mixture, way.saved)
         for seed in options.seed:
             began = time.perf_counter()
-            picture = one(pipe, options, seed)
+            picture = one(pipe, options, seed, label)
             seconds = time.perf_counter() - began
-            name = f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', label)}-{seed}.png"
+            name = f"{stems[label]}-{seed}.png"
             pictures[label, seed] = picture
             with atomic_path(out / name) as path:
                 picture.save(path, format="PNG")
@@ -114,7 +122,7 @@ def chosen(recipe: Recipe, names: list[str]) -> dict[str, Way]:
         raise LoraweaveError(
             "argument --method: a method is named twice; labels in the recipe's 'compare' tell them apart"
         )
-    known = [*labels, *registry.names(), *registry.ALIASES, BARE]
+    known = list(dict.fromkeys([*labels, *registry.names(), *registry.ALIASES, BARE]))
     found: dict[str, Way] = {}
     for name in names:
         place = Path(name)
@@ -128,8 +136,8 @@ def chosen(recipe: Recipe, names: list[str]) -> dict[str, Way]:
         elif name == BARE:
             found[name] = Way(None)
         else:
-            own = recipe.method if recipe.method.name == name else Method(name=name)
-            found[name] = labels.get(name) or Way(own.policy())
+            own = recipe.method.policy() if recipe.method.name == name else None
+            found[name] = labels.get(name) or Way(own or registry.from_dict({"name": name}))
     return found
 
 
@@ -145,8 +153,25 @@ def cost(method: Any, experts: int) -> str:
     )
 
 
-def one(pipe: Any, options: argparse.Namespace, seed: int) -> Any:
-    """One picture."""
+def stems_of(labels: Iterable[str]) -> dict[str, str]:
+    """Label -> the beginning of its pictures' file names: different ones, visible, and in one folder."""
+    found: dict[str, str] = {}
+    for label in labels:
+        plain = stem = re.sub(r"[^\w.-]+", "-", label).lstrip(".") or "method"
+        number = 1
+        while stem in found.values():
+            number += 1
+            stem = f"{plain}-{number}"
+        found[label] = stem
+    return found
+
+
+def one(pipe: Any, options: argparse.Namespace, seed: int, label: str) -> Any:
+    """One picture.
+
+    Raises:
+        LoraweaveError: the pipeline refuses size, steps or guidance, or there is not enough memory.
+    """
     call: dict[str, Any] = {"prompt": options.prompt, "num_inference_steps": options.steps}
     if options.negative is not None:
         call["negative_prompt"] = options.negative
@@ -154,7 +179,18 @@ def one(pipe: Any, options: argparse.Namespace, seed: int) -> Any:
         call["guidance_scale"] = options.guidance
     if options.size is not None:
         call["width"], call["height"] = options.size
-    return pipe(**call, generator=torch.Generator().manual_seed(seed)).images[0]
+    try:
+        return pipe(**call, generator=torch.Generator().manual_seed(seed)).images[0]
+    except ValueError as error:
+        raise LoraweaveError(
+            f"{label}: {type(pipe).__name__} refuses these arguments ({str(error).strip().splitlines()[0]})"
+        ) from error
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise LoraweaveError(
+            f"{label}: not enough memory; take a smaller --size, and for composite the option chunk: 1"
+        ) from error
 
 
 def described(recipe: Recipe, options: argparse.Namespace, mixture: Mixture, methods: dict[str, Way]) -> dict[str, Any]:
