@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -102,6 +103,7 @@ def train_images(
         prepared = accelerator.prepare(optimizer)
         rows = batch_size * accelerator.num_processes
         settings = {"steps": steps, "rows": rows, "seed": seed, "learning_rate": rate, "balance": weight}
+        settings["prompts"] = hashlib.sha256("\n".join(lesson.prompts).encode()).hexdigest()[:12]
         done = checkpoints.Progress(0, [], 0.0, settings)
         found = checkpoints.read(folder, mixture, settings) if resume and folder is not None else None
         if found is not None:
