@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
@@ -105,6 +106,52 @@ def test_kohya_flux(sets: Any, attach: Any, tmp_path: Path) -> None:
     save_file(tensors, path)
     report = same_picture(pipe, path, attach).sources[0].report
     assert (report.unmatched, report.modules, report.architecture) == ([], 11, "Flux")
+
+
+def test_xlabs_flux(sets: Any, attach: Any, tmp_path: Path) -> None:
+    pipe, _, _ = sets("flux")
+    generator = torch.Generator().manual_seed(2)
+    tensors: dict[str, Tensor] = {}
+    shapes = {"double_blocks.0.processor.qkv_lora": (16, 48), "double_blocks.0.processor.proj_lora": (16, 16)}
+    stems = {f"{stem}{n}": shape for stem, shape in shapes.items() for n in (1, 2)}  # picture and text
+    stems |= {"single_blocks.0.processor.qkv_lora": (16, 48), "single_blocks.0.processor.proj_lora": (80, 16)}
+    for stem, (into, out) in stems.items():
+        tensors[f"{stem}.down.weight"] = torch.randn(4, into, generator=generator)
+        tensors[f"{stem}.up.weight"] = torch.randn(out, 4, generator=generator) * 0.3
+    save_file(tensors, tmp_path / "xlabs.safetensors")
+    report = same_picture(pipe, tmp_path / "xlabs.safetensors", attach).sources[0].report
+    assert (report.unmatched, report.modules, report.architecture) == ([], 12, "Flux")
+
+
+def test_kontext_flux(attach: Any, tmp_path: Path) -> None:
+    """diffusers converts this dialect for the full-sized model alone, which takes no room on the meta device."""
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(guidance_embeds=True)
+    nothing = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    pipe = FluxPipeline(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), **nothing)
+    d, shapes = 3072, {"final_layer.linear": (3072, 64)}
+    for n in range(19):
+        for side in ("img", "txt"):
+            block = f"double_blocks.{n}.{side}"
+            shapes |= {f"{block}_attn.qkv": (d, 3 * d), f"{block}_attn.proj": (d, d), f"{block}_mod.lin": (d, 6 * d)}
+            shapes |= {f"{block}_mlp.0": (d, 4 * d), f"{block}_mlp.2": (4 * d, d)}
+    for n in range(38):
+        block = f"single_blocks.{n}"
+        shapes |= {
+            f"{block}.linear1": (d, 7 * d),
+            f"{block}.linear2": (5 * d, d),
+            f"{block}.modulation.lin": (d, 3 * d),
+        }
+    tensors = {}
+    for name, (into, out) in shapes.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.ones(1, into, dtype=torch.float16)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.ones(out, 1, dtype=torch.float16)
+    save_file(tensors, tmp_path / "kontext.safetensors")
+    report = attach(pipe, {"one": tmp_path / "kontext.safetensors"}, lw.Sum()).sources[0].report
+    # each qkv is three modules, each linear1 three and the feed-forward's
+    assert (report.unmatched, report.modules) == ([], 1 + 38 * (3 + 1 + 1 + 2) + 38 * (4 + 1 + 1))
+    told = lw.inspect(tmp_path / "kontext.safetensors")
+    assert (told.mixable, told.architecture, told.modules) == (True, "Flux", len(shapes))
 
 
 def test_old_names_of_diffusers(sets: Any, attach: Any, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ _CONVENTIONS = (
     ("kohya", re.compile(r"\.lora_(down|up)\.weight$")),
     ("diffusers", re.compile(r"^(unet|transformer|text_encoder(_\d)?|diffusion_model)\.|lora\.(down|up)\.weight$")),
     ("diffusers", re.compile(r"lora_linear_layer|\.processor\.")),
+    ("diffusers", re.compile(r"^(base_model\.model\.)?(double|single)_blocks\.")),  # Flux: BFL's own, fal's
     ("peft", re.compile(r"\.lora_(embedding_)?[AB](\.|$)")),
 )
 """Tried in this order: a kohya file for a Flux model may also have names that begin with ``transformer``."""
