@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from loraweave.errors import LoraweaveError
-from loraweave.files import atomic_path, check_replaceable, replace_folder_atomic, write_json_atomic, write_text_atomic
+from loraweave.files import (
+    atomic_path,
+    check_replaceable,
+    make_folder,
+    replace_folder_atomic,
+    write_json_atomic,
+    write_text_atomic,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -208,3 +215,15 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     with pytest.raises(LoraweaveError, match="a file has that name"):
         replace()
     assert (tmp_path / "mix").read_text() == "x"
+
+
+@pytest.mark.parametrize("place", ["file/out", "file/deep/out"])
+def test_a_place_that_cannot_be_written_shows_at_once(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(LoraweaveError, match=r"cannot write '.*out'"):
+        check_replaceable(tmp_path / place)
+    with pytest.raises(LoraweaveError, match=r"cannot write '.*out'"):
+        make_folder(tmp_path / place)
+    check_replaceable(tmp_path / "new" / "deep")
+    assert names(tmp_path) == ["file"]
+    assert make_folder(tmp_path / "new" / "deep").is_dir()

@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,6 +64,20 @@ def write_json_atomic(path: str | os.PathLike[str], obj: Any) -> None:
     write_text_atomic(path, text + "\n")
 
 
+def make_folder(folder: str | os.PathLike[str]) -> Path:
+    """Make a folder unless it is there, to learn before hours of work that what comes of it can be kept.
+
+    Raises:
+        LoraweaveError: it cannot be made, is a file, or cannot be written to.
+    """
+    made = Path(folder)
+    with _explained(folder):
+        made.mkdir(parents=True, exist_ok=True)
+    if not os.access(made, os.W_OK | os.X_OK):
+        raise LoraweaveError(f"cannot write to the folder {os.fspath(folder)!r}: permission denied")
+    return made
+
+
 @contextmanager
 def replace_folder_atomic(
     folder: str | os.PathLike[str], *, ours: Sequence[str] = (), force: bool = False
@@ -115,11 +130,14 @@ def check_replaceable(folder: str | os.PathLike[str], *, ours: Sequence[str] = (
     """Raise now what :func:`replace_folder_atomic` would raise later, after work that took hours.
 
     Raises:
-        LoraweaveError: ``folder`` is a file or holds something that is not ours.
+        LoraweaveError: ``folder`` is a file or holds something that is not ours, or nothing can be written there.
     """
     target, shown = Path(os.path.realpath(folder)), os.fspath(folder)
     if target.exists() and not target.is_dir():
         raise LoraweaveError(f"cannot write the folder {shown!r}: a file has that name; choose another name")
+    above = next(place for place in target.parents if place.exists())
+    with _explained(shown), tempfile.TemporaryDirectory(prefix=".", dir=above):
+        pass
     if force or not target.exists():
         return
     with _explained(shown):

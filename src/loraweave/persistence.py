@@ -239,6 +239,7 @@ def push(mixture: Mixture, repo_id: str, *, copy_experts: bool, private: bool, a
 def card(mixture: Mixture, results: Mapping[str, Any] | None = None) -> str:
     """The README of a saved mixture."""
     base = getattr(mixture.model, "name_or_path", "") or type(mixture.pipeline or mixture.model).__name__
+    use = "mixture.model.generate(**inputs)" if mixture.pipeline is None else 'mixture.pipeline("a prompt").images[0]'
     lines = [
         "---",
         "library_name: loraweave",
@@ -258,7 +259,7 @@ def card(mixture: Mixture, results: Mapping[str, Any] | None = None) -> str:
         "import loraweave as lw",
         "",
         'mixture = lw.load("this-folder")',
-        "mixture.model.generate(**inputs)",
+        use,
         "```",
         "",
     ]

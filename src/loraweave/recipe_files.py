@@ -78,5 +78,6 @@ def _need(recipe: Recipe, what: str, source: str, folder: Path) -> Need:
         return Need(what, source, "here", origin)
     # A name with an origin is a place on this machine; without one, "loras/qa" and "someone/qa" look the same.
     of_models = what in ("base", "testbed.vae", "images.clip") or what.startswith(("experts.", "merged."))
-    hub = of_models and origin is None and _HUB.fullmatch(source) is not None
+    # Repositories are folders, so a file's name is never one.
+    hub = of_models and origin is None and _HUB.fullmatch(source) is not None and not source.endswith(".safetensors")
     return Need(what, source, "hub" if hub else "missing", origin)

@@ -143,7 +143,7 @@ def test_single_files(tmp_path, kind):
     if kind in ("kohya", "diffusers", "peft"):
         assert (report.modules, report.ranks, report.parameters) == (1, {4: 1}, 64)
         assert report.targets == {"q_proj" if kind == "peft" else "to_q": 1}
-    assert report.scales == ({0.5: 1} if kind == "kohya" else {})
+    assert report.scales == {"kohya": {0.5: 1}, "diffusers": {1.0: 1}}.get(kind, {})
     json.dumps(report.to_dict())
 
 

@@ -117,6 +117,12 @@ def test_a_pickle_by_another_name(tmp_path):
         read_header(tmp_path / "weights.safetensors")
 
 
+def test_a_truncated_file_is_no_pickle_though_its_first_byte_is_that_of_one(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes((0x0280).to_bytes(8, "little") + b'{"a":')
+    with pytest.raises(LoraweaveError, match="file is truncated: its header says at least 648 bytes, file has 13"):
+        read_header(tmp_path / "a.safetensors")
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(LoraweaveError, match=r"none\.safetensors: cannot be read \(No such file"):
         read_header(tmp_path / "none.safetensors")

@@ -47,6 +47,52 @@ def test_unknown_methods_are_refused(recipe: Path, tmp_path: Path, capsys: pytes
     assert not (tmp_path / "out").exists()
 
 
+WRONG = {
+    "is named twice": ["--method", "merge", "--method", "merge"],
+    "a seed is given twice": ["--seed", "1", "1"],
+    "merge: StableDiffusionPipeline refuses these arguments (`height` and `width` have to be divisible by 8":
+        ["--method", "merge", "--size", "17", "17"],
+    "cannot be larger than `self.config.train_timesteps`": ["--steps", "5000"],
+    "argument --guidance: expected a number, got 'nan'": ["--guidance", "nan"],
+    "method 'regional': needs the option 'regions'": ["--method", "regional"],
+    "experts.hero: no/such.safetensors: no such file": ["experts={hero: no/such.safetensors}"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_what_cannot_be_painted_is_one_line(
+    message: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = WRONG[message] if "--size" in WRONG[message] else [*WRONG[message], "--size", "16", "16"]
+    try:
+        code = main(["image", str(recipe), "--prompt", "x", "--steps", "1", "-o", str(tmp_path / "out"), *arguments])
+    except SystemExit as error:  # argparse's own
+        code = error.code
+    said = capsys.readouterr().err.strip().splitlines()
+    assert code == 2
+    assert message in said[-1]
+    assert not any("Traceback" in line for line in said)
+
+
+def test_a_place_that_cannot_be_written_shows_before_anything_is_painted(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "taken").write_text("")
+    assert main(["image", str(recipe), "--prompt", "x", "-o", str(tmp_path / "taken" / "out")]) == 2
+    told = capsys.readouterr()
+    assert "cannot write" in told.err
+    assert told.out == ""
+
+
+def test_every_label_has_pictures_of_its_own(recipe: Path, tmp_path: Path) -> None:
+    labels = "compare={größe: {name: sum}, 'a/b': {name: linear}, 'a b': {name: sum}, '../x': {name: sum}}"
+    size = ["--size", "16", "16", "--steps", "1"]
+    assert main(["image", str(recipe), "--prompt", "x", "-o", str(tmp_path / "out"), *size, labels]) == 0
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {
+        "größe-0.png", "a-b-0.png", "a-b-2-0.png", "-x-0.png", "sheet.png",
+    }  # fmt: skip
+
+
 def test_fused_on_prompts(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = [part for name in ("hero", "coat", "ink") for part in ("--prompt", f"{name}={name}")]
     out = tmp_path / "fused.safetensors"

@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
@@ -107,6 +108,52 @@ def test_kohya_flux(sets: Any, attach: Any, tmp_path: Path) -> None:
     assert (report.unmatched, report.modules, report.architecture) == ([], 11, "Flux")
 
 
+def test_xlabs_flux(sets: Any, attach: Any, tmp_path: Path) -> None:
+    pipe, _, _ = sets("flux")
+    generator = torch.Generator().manual_seed(2)
+    tensors: dict[str, Tensor] = {}
+    shapes = {"double_blocks.0.processor.qkv_lora": (16, 48), "double_blocks.0.processor.proj_lora": (16, 16)}
+    stems = {f"{stem}{n}": shape for stem, shape in shapes.items() for n in (1, 2)}  # picture and text
+    stems |= {"single_blocks.0.processor.qkv_lora": (16, 48), "single_blocks.0.processor.proj_lora": (80, 16)}
+    for stem, (into, out) in stems.items():
+        tensors[f"{stem}.down.weight"] = torch.randn(4, into, generator=generator)
+        tensors[f"{stem}.up.weight"] = torch.randn(out, 4, generator=generator) * 0.3
+    save_file(tensors, tmp_path / "xlabs.safetensors")
+    report = same_picture(pipe, tmp_path / "xlabs.safetensors", attach).sources[0].report
+    assert (report.unmatched, report.modules, report.architecture) == ([], 12, "Flux")
+
+
+def test_kontext_flux(attach: Any, tmp_path: Path) -> None:
+    """diffusers converts this dialect for the full-sized model alone, which takes no room on the meta device."""
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(guidance_embeds=True)
+    nothing = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    pipe = FluxPipeline(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), **nothing)
+    d, shapes = 3072, {"final_layer.linear": (3072, 64)}
+    for n in range(19):
+        for side in ("img", "txt"):
+            block = f"double_blocks.{n}.{side}"
+            shapes |= {f"{block}_attn.qkv": (d, 3 * d), f"{block}_attn.proj": (d, d), f"{block}_mod.lin": (d, 6 * d)}
+            shapes |= {f"{block}_mlp.0": (d, 4 * d), f"{block}_mlp.2": (4 * d, d)}
+    for n in range(38):
+        block = f"single_blocks.{n}"
+        shapes |= {
+            f"{block}.linear1": (d, 7 * d),
+            f"{block}.linear2": (5 * d, d),
+            f"{block}.modulation.lin": (d, 3 * d),
+        }
+    tensors = {}
+    for name, (into, out) in shapes.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.ones(1, into, dtype=torch.float16)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.ones(out, 1, dtype=torch.float16)
+    save_file(tensors, tmp_path / "kontext.safetensors")
+    report = attach(pipe, {"one": tmp_path / "kontext.safetensors"}, lw.Sum()).sources[0].report
+    # each qkv is three modules, each linear1 three and the feed-forward's
+    assert (report.unmatched, report.modules) == ([], 1 + 38 * (3 + 1 + 1 + 2) + 38 * (4 + 1 + 1))
+    told = lw.inspect(tmp_path / "kontext.safetensors")
+    assert (told.mixable, told.architecture, told.modules) == (True, "Flux", len(shapes))
+
+
 def test_old_names_of_diffusers(sets: Any, attach: Any, tmp_path: Path) -> None:
     pipe, _, _ = sets("sd15")
     tensors = {}
@@ -175,6 +222,46 @@ def test_kohya_keys_that_diffusers_stumbles_over_are_reported(sets: Any, attach:
         attach(pipe, {"one": tmp_path / "odd.safetensors"}, lw.Sum())
 
 
+def test_alphas_may_be_whole_numbers(sets: Any, attach: Any, tmp_path: Path) -> None:
+    pipe, _, _ = sets("sd15")
+    tensors = kohya(pipes.factors(pipes.targets(pipe, ("to_q",)), 5, 4), kohya_sd15, 2.0)
+    for name, dtype in (("whole", torch.int64), ("half", torch.bfloat16)):
+        kept = {key: t.to(dtype) if key.endswith(".alpha") else t for key, t in tensors.items()}
+        path = tmp_path / f"{name}.safetensors"
+        save_file(kept, path)
+        mixture = attach(pipe, {"one": path}, lw.Sum())
+        assert set(mixture.sources[0].report.scales) == set(lw.inspect(path).scales) == {0.5}
+        mixture.detach()
+
+
+def test_text_encoders_alone_do_not_make_a_file_fit(sets: Any, attach: Any, tmp_path: Path) -> None:
+    """A file for SDXL finds SD 1.5's text encoder in an SD 1.5 pipeline; one for text encoders alone is in order."""
+    pipe, files, _ = sets("sd15")
+    larger, _, _ = sets("sdxl")
+    path = tmp_path / "xl.safetensors"
+    save_file(kohya(pipes.factors(pipes.targets(larger, pipes.ATTENTION), 5, 2), kohya_sdxl, 1.0), path)
+    with pytest.raises(lw.LoraweaveError, match=r"of its denoiser nothing fits StableDiffusionPipeline; .* for SDXL"):
+        lw.attach(pipe, {"xl": path}, lw.Sum())
+    mixture = attach(pipe, files, lw.Sum())
+    mixture.save_pretrained(tmp_path / "saved", copy_experts=True)
+    mixture.detach()
+    other, _, _ = sets("flux")
+    with pytest.raises(lw.LoraweaveError, match=r"hero: of its denoiser nothing fits FluxPipeline; missing .* unet\."):
+        lw.load(tmp_path / "saved", other)
+    text = pipes.factors({p: m for p, m in pipes.targets(pipe, pipes.ATTENTION).items() if p.startswith("text")}, 1, 2)
+    save_file(kohya(text, kohya_sd15, 1.0), tmp_path / "text.safetensors")
+    same_picture(pipe, tmp_path / "text.safetensors", attach)
+
+
+def test_kohya_for_sd3_says_what_to_do(sets: Any, tmp_path: Path) -> None:
+    pipe, _, _ = sets("sd3")
+    name = "lora_unet_joint_blocks_0_x_block_attn_qkv"
+    save_file({f"{name}.lora_down.weight": torch.ones(2, 16), f"{name}.lora_up.weight": torch.ones(48, 2)},
+              tmp_path / "k.safetensors")  # fmt: skip
+    with pytest.raises(lw.LoraweaveError, match="kohya's for SD3, which diffusers cannot convert: have it in"):
+        lw.attach(pipe, {"k": tmp_path / "k.safetensors"}, lw.Sum())
+
+
 def named(stem: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
     return {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
 
@@ -232,3 +319,47 @@ def test_inspect_guesses_the_architecture(name: str, width: int, guess: str | No
     save_file({f"{name}.lora_down.weight": torch.ones(2, width), f"{name}.lora_up.weight": torch.ones(4, 2)}, path)
     report = lw.inspect(path)
     assert (report.architecture, report.mixable, report.reason) == (guess, True, None)
+
+
+def test_inspect_tells_the_scale_that_attaching_finds(sets: Any, attach: Any, tmp_path: Path) -> None:
+    pipe, files, _ = sets("sd15")
+    layers = peft.get_peft_model_state_dict
+    trained = copy.deepcopy(pipe)
+    config = peft.LoraConfig(r=4, lora_alpha=2, target_modules=["to_q", "to_v"], rank_pattern={"attn2.to_v": 2})
+    trained.unet.float().add_adapter(config)
+    trained.save_lora_weights(
+        tmp_path, unet_lora_layers=layers(trained.unet), unet_lora_adapter_metadata=config.to_dict()
+    )
+    for path in (tmp_path / "pytorch_lora_weights.safetensors", files["hero"]):
+        told = attach(pipe, {"one": path}, lw.Sum())
+        report = lw.inspect(path)
+        assert (report.scales, report.ranks) == (told.sources[0].report.scales, told.sources[0].report.ranks)
+        told.detach()
+    assert "to_out.0" in lw.inspect(files["hero"]).targets
+
+
+STEM = "lora_unet_mid_block_attentions_0_proj_in"
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason", "odd"),
+    [
+        ({"lora_up.weight": torch.full((16, 2), torch.nan)}, "NaN or infinite", None),
+        ({"lora_up.weight": torch.ones(16, 3)}, "which do not fit", None),
+        ({"lora_up.weight": torch.ones(16, 2).long()}, "has dtype I64", None),
+        ({"alpha": torch.tensor(torch.inf)}, "is not finite", None),
+        ({"alpha": torch.tensor(0.0)}, None, "alpha is 0 in some modules: they do nothing"),
+        ({"lora_down.weight": torch.ones(40, 16), "lora_up.weight": torch.ones(16, 40)}, None, "more than a full"),
+    ],
+)
+def test_inspect_finds_what_attaching_would_refuse(
+    changed: dict[str, Tensor], reason: str | None, odd: str | None, tmp_path: Path
+) -> None:
+    tensors = {"lora_down.weight": torch.ones(2, 16), "lora_up.weight": torch.ones(16, 2), "alpha": torch.tensor(1.0)}
+    save_file({f"{STEM}.{key}": t for key, t in (tensors | changed).items()}, tmp_path / "one.safetensors")
+    report = lw.inspect(tmp_path / "one.safetensors")
+    assert report.mixable is (reason is None)
+    assert reason is None or reason in (report.reason or "")
+    assert odd is None or any(odd in line for line in report.odd)
+    with pytest.raises(lw.LoraweaveError, match=r"nowhere\.safetensors: no such file"):
+        lw.inspect(tmp_path / "nowhere.safetensors")

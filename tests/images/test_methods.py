@@ -211,3 +211,30 @@ def test_weights_of_blocks_equal_set_adapters(textless: Any, attach: Any) -> Non
     attach(pipe, {"hero": files["hero"]}, lw.Sum(weights={"hero": hero}))
     reference.set_adapters(["hero"], [hero])
     assert_close(pipes.latents(pipe), pipes.latents(reference), **CLOSE)
+
+
+def test_lists_hold_for_the_attentions_of_every_block(textless: Any, attach: Any) -> None:
+    pipe, files, reference = textless("sd15")
+    for hero in ({"unet": {"up": [0.1, 0.7], "down": [0.4]}}, {"unet": {"mid": [0.2], "up": {"block_0": [0.3]}}}):
+        mixture = attach(pipe, {"hero": files["hero"]}, lw.Sum(weights={"hero": hero}))
+        reference.set_adapters(["hero"], [hero])
+        assert_close(pipes.latents(pipe), pipes.latents(reference), **CLOSE)
+        mixture.detach()
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"unet": {"up": {"block_0": [0.1, 0.2, 0.3]}}}, None),  # as many as a whole UNet may have
+        ({"unet": {"up": []}}, r"the list \[\] has no entry of number 0"),
+        ({"unet": [0.1, 0.2]}, r"the list \[0\.1, 0\.2\] is for the numbered parts of a block, not for 'unet\."),
+    ],
+)
+def test_lists_without_an_entry_are_refused(weights: Any, message: str | None, textless: Any, attach: Any) -> None:
+    pipe, files, _ = textless("sd15")
+    mixture = attach(pipe, {"coat": files["coat"]}, lw.Sum())
+    if message is None:
+        mixture.policy = lw.Sum(weights={"coat": weights})
+        return
+    with pytest.raises(lw.LoraweaveError, match=message):
+        mixture.policy = lw.Sum(weights={"coat": weights})

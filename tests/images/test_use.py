@@ -16,6 +16,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import loraweave as lw
+from loraweave.policies import registry
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 METHODS = {
@@ -121,7 +122,7 @@ def test_detach_gives_back_every_module_parameter_and_hook(method: str, sets: An
             for path, m in part.named_modules()
         ]
 
-    before, bare = state(), pipes.latents(pipe)
+    bare, before = pipes.latents(pipe), state()  # in this order: transformers hangs hooks of its own at the first call
     mixture = lw.attach(pipe, files, METHODS[method])
     assert not torch.equal(pipes.latents(pipe), bare)
     assert mixture.detach() is pipe
@@ -168,6 +169,7 @@ def test_saved_mixtures_come_back(sets: Any, attach: Any, tmp_path: Path) -> Non
         mixture = attach(pipe, files, lw.Switch(every=1))
         mixed = pipes.latents(pipe)
         mixture.save_pretrained(tmp_path / str(n), copy_experts=copied)
+        assert 'mixture.pipeline("a prompt").images[0]' in (tmp_path / str(n) / "README.md").read_text()
         mixture.detach()
         again = lw.load(tmp_path / str(n), pipe)
         try:
@@ -182,6 +184,10 @@ WRONG = {
     "switch order: expected names": lambda: lw.Switch(order="ink"),
     "unknown expert 'inc'; did you mean 'ink'": lambda: lw.Switch(order=["inc"]),
     "composite chunk": lambda: lw.Composite(chunk=0),
+    "composite chunk: expected a whole number of at least 1, got True": lambda: lw.Composite(chunk=True),
+    "composite weight of 'ink': expected a number of at least 0, got -1": lambda: lw.Composite({"ink": -1}),
+    "policy: expected a method such as lw.Sum.*, got 'switch'": lambda: "switch",
+    "policy: expected a method such as lw.Sum.*, got Switch": lambda: lw.Switch,
     "unknown expert 'herro'": lambda: lw.Composite({"herro": 1}),
     "they sum to 0": lambda: lw.Composite({"hero": 0}),
     "unknown expert 'cot'": lambda: lw.Regional({"cot": None}),
@@ -208,6 +214,17 @@ def test_wrong_options_leave_the_mixture_as_it_was(sets: Any, attach: Any) -> No
     assert torch.equal(pipes.latents(pipe), before)
 
 
+@pytest.mark.parametrize("name", sorted(set(registry.names()) - {"regional"}))
+def test_every_method_paints_with_convolutions_and_text_encoders(name: str, sets: Any, attach: Any) -> None:
+    pipe, files, _ = sets("sd15")
+    attach(pipe, files, registry.from_dict({"name": name}))
+    if name in ("logo", "lora_flow"):  # made for the blocks of language models
+        with pytest.raises(lw.LoraweaveError, match="gate site"):
+            pipes.latents(pipe)
+    else:
+        assert pipes.latents(pipe).isfinite().all()
+
+
 def test_masks_that_leave_nothing_are_refused(sets: Any, attach: Any) -> None:
     pipe, files, _ = sets("sd15")
     for policy in (lw.Composite({"hero": 1.0}), lw.Switch(order=["hero"])):
@@ -220,7 +237,8 @@ def test_masks_that_leave_nothing_are_refused(sets: Any, attach: Any) -> None:
 
 
 def test_strengths_for_peft_are_refused(sets: Any, attach: Any) -> None:
-    pipe, files, _ = sets("sd15")
+    made, files, _ = sets("sd15")
+    pipe = copy.deepcopy(made)  # diffusers keeps the strength in the pipeline
     attach(pipe, files, lw.Sum())
     with pytest.raises(lw.LoraweaveError, match="has no effect on a mixture; set the weight in the policy"):
         pipes.latents(pipe, cross_attention_kwargs={"scale": 0.5})

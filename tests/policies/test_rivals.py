@@ -185,6 +185,8 @@ def test_direction_is_the_top_right_singular_vector() -> None:
         v = A.T @ direction(lw.LoraFactors(A, B, 0.5)).double()
         top = torch.linalg.svd(B @ A).Vh[0]
         assert_close(v * torch.sign(v @ top), top, atol=1e-5, rtol=1e-5)
+        kernels = lw.LoraFactors(A.view(rank, 3, 2, 2), B, 0.5)  # of a convolution: x is what a kernel sees
+        assert torch.equal(direction(kernels), direction(lw.LoraFactors(A, B, 0.5)))
     repeated = torch.cat([A[:1], A[:1]])  # linearly dependent rows
     v = repeated.T @ direction(lw.LoraFactors(repeated, B[:, :2], 1.0)).double()
     assert_close(v.abs(), (A[0] / A[0].norm()).abs(), atol=1e-5, rtol=1e-5)

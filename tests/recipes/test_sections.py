@@ -143,3 +143,9 @@ def test_published_figures_stand_beside_ours() -> None:
     assert table.title == "Paper, Table 1: figures of the paper, and ours on the bundled zoo"
     assert table.row_count == 3
     assert published_table({**results, "recipe": {}}) is None
+
+
+def test_a_weight_file_is_not_sought_on_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("base: a/b\nexperts: {hero: loras/hero.safetensors, ink: someone/ink}\n")
+    found = {need.what: need.state for need in needs(load_recipe(tmp_path / "r.yaml"), tmp_path)}
+    assert found == {"base": "hub", "experts.hero": "missing", "experts.ink": "hub"}

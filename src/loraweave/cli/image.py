@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from loraweave.cli.verb import Verb, positive
+from loraweave.cli.verb import Verb, finite, positive
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +20,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", metavar="DIR", required=True, help="where pictures, sheet and JSON go")
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one picture of each (default: 0)")
     parser.add_argument("--steps", type=positive, metavar="N", default=50, help="denoising steps (default: 50)")
-    parser.add_argument("--guidance", type=float, metavar="X", help="guidance scale (default: the pipeline's)")
+    parser.add_argument("--guidance", type=finite, metavar="X", help="guidance scale (default: the pipeline's)")
     parser.add_argument("--size", type=positive, nargs=2, metavar=("WIDTH", "HEIGHT"), help="default: the pipeline's")
     parser.add_argument("overrides", metavar="FIELD=VALUE", nargs="*", help="recipe fields to set, e.g. method.every=2")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from loraweave.integrations.diffusers import load_pipeline
 from loraweave.mixture import attach
 from loraweave.recipe import Recipe
 from loraweave.recipe_images import Images
+from loraweave.training.images.checkpoints import whole
 from loraweave.training.images.pictures import files_of
 from loraweave.training.images.train import train_images
 from loraweave.training.learn import learns
@@ -25,7 +27,8 @@ def teach(recipe: Recipe, images: Images, out: str, *, copy_experts: bool, check
         images: its section.
         out: where the mixture is saved, by the first process alone.
         copy_experts: save the experts too.
-        checkpoints: folder of checkpoints, from which a run goes on, and of sample pictures.
+        checkpoints: folder of checkpoints, from which a run goes on, and of sample pictures. Without one, checkpoints
+            stand beside ``out`` until the mixture is saved, so that an interruption loses nothing.
 
     Raises:
         LoraweaveError: something cannot be read, or sample pictures have no folder.
@@ -35,6 +38,7 @@ def teach(recipe: Recipe, images: Images, out: str, *, copy_experts: bool, check
     # Before the base is loaded, so that bad folders show at once.
     for folder in (*images.references.values(), *images.pictures.values()):
         files_of(Path(folder))
+    kept = Path(f"{Path(out)}.unfinished" if checkpoints is None else checkpoints)
     data, objective = images.lesson()
     # A saved mixture remembers where its base is, and may be loaded from elsewhere.
     base = str(Path(recipe.base).resolve()) if Path(recipe.base).is_dir() else recipe.base
@@ -43,12 +47,14 @@ def teach(recipe: Recipe, images: Images, out: str, *, copy_experts: bool, check
         options: dict[str, Any] = recipe.train.options()
         if options.pop("bf16", False):
             options["mixed_precision"] = "bf16"
-        place: dict[str, Any] = {
-            "output_dir": checkpoints,
-            "resume": checkpoints is not None,
-            "sample_every": images.sample_every,
-        }
-        result = train_images(mixture, data, objective, **place, **options, progress=sys.stderr.isatty())
+        place: dict[str, Any] = {"output_dir": kept, "resume": True, "sample_every": images.sample_every}
+        try:
+            result = train_images(mixture, data, objective, **place, **options, progress=sys.stderr.isatty())
+        except KeyboardInterrupt:
+            done = whole(kept)
+            if done:
+                print(f"kept step {done[-1][0]} in {kept}; the same command goes on from there", file=sys.stderr)
+            raise
         said = f"{result.steps} steps in {result.seconds:.0f} s, mean loss {result.loss:.3f}"
     else:
         said = f"{recipe.method.name!r} has nothing to train"
@@ -56,6 +62,8 @@ def teach(recipe: Recipe, images: Images, out: str, *, copy_experts: bool, check
         return
     print(said)
     saved = persistence.save(mixture, out, copy_experts=copy_experts or bool(recipe.merged), recipe=recipe.to_dict())
+    if checkpoints is None and kept.is_dir():
+        shutil.rmtree(kept)
     print(f"saved to {saved}; try: loraweave image RECIPE --method {saved} --prompt TEXT -o DIR")
 
 

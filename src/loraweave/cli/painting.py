@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from loraweave.errors import LoraweaveError, LoraweaveWarning, unknown
 from loraweave.evaluation.environment import environment
 from loraweave.experts.triggers import warn_of_triggers
 from loraweave.experts.types import Expert
-from loraweave.files import atomic_path, write_json_atomic
+from loraweave.files import atomic_path, make_folder, write_json_atomic
 from loraweave.integrations.rivals import Loading
 from loraweave.mixture import Mixture, attach
 from loraweave.policies import Composite, Sum, Switch, registry
@@ -36,31 +37,38 @@ def paint(recipe: Recipe, options: argparse.Namespace) -> None:
     from loraweave.integrations.diffusers import load_pipeline
 
     methods = chosen(recipe, options.method)
-    out = Path(options.out)
+    if len(set(options.seed)) < len(options.seed):
+        raise LoraweaveError("argument --seed: a seed is given twice; each makes one picture")
+    for name, source in recipe.experts.items():  # before gigabytes of base are loaded
+        if source.endswith(".safetensors") and not Path(source).exists():
+            raise LoraweaveError(f"experts.{name}: {source}: no such file")
+    out = make_folder(options.out)
     pipe = load_pipeline(recipe.base, "DiffusionPipeline")
     if torch.cuda.is_available():
         pipe.to("cuda", torch.float16)
+    pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
+    sources = recipe.sources()
     # What does not fit shows now, not after the painting before it.
     loadings = {
-        label: loading(label, way.rival, pipe, recipe.experts, recipe.testbed, call_of(options))
+        label: loading(label, way.rival, pipe, sources, recipe.testbed, call_of(options))
         for label, way in methods.items()
         if way.rival is not None
     }
-    mixture = attach(pipe, recipe.experts, Sum())
+    mixture = attach(pipe, sources, Sum())
     warn_of_triggers(mixture.sources, [options.prompt])
     for label, way in methods.items():
         print(f"{label}: {cost(way, len(mixture.experts))}", flush=True)
     for label, block in loadings.items():
         block.warn_of_tokens(label, [methods[label].prompt(options.prompt)])
     pictures: dict[tuple[str, int], Any] = {}
-    entries = []
+    entries, stems = [], stems_of(methods)
 
     def take(label: str) -> None:
         for seed in options.seed:
             began = time.perf_counter()
-            picture = one(pipe, options, seed, methods[label].prompt(options.prompt))
+            picture = one(pipe, options, seed, label, methods[label].prompt(options.prompt))
             seconds = time.perf_counter() - began
-            name = f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', label)}-{seed}.png"
+            name = f"{stems[label]}-{seed}.png"
             pictures[label, seed] = picture
             with atomic_path(out / name) as path:
                 picture.save(path, format="PNG")
@@ -147,7 +155,7 @@ def chosen(recipe: Recipe, names: list[str]) -> dict[str, Way]:
         raise LoraweaveError(
             "argument --method: a method is named twice; labels in the recipe's 'compare' tell them apart"
         )
-    known = [*labels, *registry.names(), *registry.ALIASES, BARE]
+    known = list(dict.fromkeys([*labels, *registry.names(), *registry.ALIASES, BARE]))
     found: dict[str, Way] = {}
     for name in names:
         place = Path(name)
@@ -161,8 +169,8 @@ def chosen(recipe: Recipe, names: list[str]) -> dict[str, Way]:
         elif name == BARE:
             found[name] = Way(None)
         else:
-            own = recipe.method if recipe.method.name == name else Method(name=name)
-            found[name] = labels.get(name) or Way(own.policy())
+            own = recipe.method.policy() if recipe.method.name == name else None
+            found[name] = labels.get(name) or Way(own or registry.from_dict({"name": name}))
     return found
 
 
@@ -183,10 +191,38 @@ def cost(way: Way, experts: int) -> str:
     )
 
 
-def one(pipe: Any, options: argparse.Namespace, seed: int, prompt: str) -> Any:
-    """One picture."""
+def stems_of(labels: Iterable[str]) -> dict[str, str]:
+    """Label -> the beginning of its pictures' file names: different ones, visible, and in one folder."""
+    found: dict[str, str] = {}
+    for label in labels:
+        plain = stem = re.sub(r"[^\w.-]+", "-", label).lstrip(".") or "method"
+        number = 1
+        while stem in found.values():
+            number += 1
+            stem = f"{plain}-{number}"
+        found[label] = stem
+    return found
+
+
+def one(pipe: Any, options: argparse.Namespace, seed: int, label: str, prompt: str) -> Any:
+    """One picture.
+
+    Raises:
+        LoraweaveError: the pipeline refuses size, steps or guidance, or there is not enough memory.
+    """
     call = {"prompt": prompt, "num_inference_steps": options.steps, **call_of(options)}
-    return pipe(**call, generator=torch.Generator().manual_seed(seed)).images[0]
+    try:
+        return pipe(**call, generator=torch.Generator().manual_seed(seed)).images[0]
+    except ValueError as error:
+        raise LoraweaveError(
+            f"{label}: {type(pipe).__name__} refuses these arguments ({str(error).strip().splitlines()[0]})"
+        ) from error
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise LoraweaveError(
+            f"{label}: not enough memory; take a smaller --size, and for composite the option chunk: 1"
+        ) from error
 
 
 def call_of(options: argparse.Namespace | Testbed) -> dict[str, Any]:

@@ -46,6 +46,8 @@ def inspect(
             source = path.parent
         else:
             return inspect_file(str(source), path)
+    if path.suffix == ".safetensors" and not path.exists():
+        raise LoraweaveError(f"{path}: no such file")
     location = locate(source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
     config, header = read_config(location.config), read_header(location.weights)
     report = ExpertReport(

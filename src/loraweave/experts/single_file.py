@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from loraweave.experts.config import CONFIG_NAME
+from loraweave.errors import LoraweaveError
+from loraweave.experts.checks import value_problem
+from loraweave.experts.config import CONFIG_NAME, AdapterConfig, parse_config
 from loraweave.experts.mapped import open_tensors
 from loraweave.experts.report import ExpertReport, counted, shortened
-from loraweave.experts.weightfile import Header, hash_files, read_header
+from loraweave.experts.weightfile import MIXABLE_DTYPES, Header, hash_files, read_header
+
+METADATA = "lora_adapter_metadata"
+"""Field of the header in which diffusers keeps PEFT's configurations."""
 
 _CONVENTIONS = (
     ("lycoris", re.compile(r"\.(hada_w|lokr_w|oft_|glora|diff$|lora_mid)")),
     ("kohya", re.compile(r"\.lora_(down|up)\.weight$")),
     ("diffusers", re.compile(r"^(unet|transformer|text_encoder(_\d)?|diffusion_model)\.|lora\.(down|up)\.weight$")),
     ("diffusers", re.compile(r"lora_linear_layer|\.processor\.")),
+    ("diffusers", re.compile(r"^(base_model\.model\.)?(double|single)_blocks\.")),  # Flux: BFL's own, fal's
     ("peft", re.compile(r"\.lora_(embedding_)?[AB](\.|$)")),
 )
 """Tried in this order: a kohya file for a Flux model may also have names that begin with ``transformer``."""
@@ -54,13 +61,18 @@ def inspect_file(source: str, path: Path) -> ExpertReport:
         module: shape[0] for module, key in down.items() if len(shape := header.tensors[key].shape) >= 2 and shape[0]
     }
     alphas = _alphas(header)
+    refused = refusals(header)
+    try:
+        scales = _scales(ranks, alphas, configs(header)) if kind in ("kohya", "diffusers") else {}
+    except LoraweaveError as error:
+        scales, refused = {}, [*refused, str(error)]
     report = ExpertReport(
         source=source,
         format=kind,
         base=next((header.metadata[name] for name in _BASE_FIELDS if header.metadata.get(name)), None),
         ranks=counted(ranks.values()),
         alphas=counted(alphas.values()),
-        scales=counted(alphas.get(module, rank) / rank for module, rank in ranks.items()) if kind == "kohya" else {},
+        scales=counted(scales.values()),
         targets=counted(_leaf(module) for module in down),
         modules=len(down),
         parameters=sum(header.tensors[key].count for key in [*down.values(), *up.values()]),
@@ -76,11 +88,17 @@ def inspect_file(source: str, path: Path) -> ExpertReport:
         "peft": f"{path}: has no {CONFIG_NAME} beside it, so its alpha is unknown; put both files in one folder",
         "unknown": f"{path}: holds no LoRA that is known here",
     }
-    refused = refusals(header)
-    if kind not in reasons and refused:
-        reasons[kind] = f"{path}: {refused.pop(0)}"
-    report.reason = reasons.get(kind)
-    report.mixable, report.odd = report.reason is None, refused
+    problems = [f"{path}: {reason.removeprefix(f'{path}: ')}" for reason in refused]
+    problems += [f"{path}: {problem}" for problem in _misfits(header, down, up)]
+    problems += _damage(header, [*down.values(), *up.values()])
+    problems += [f"{path}: alpha of {module!r} is not finite" for module, s in scales.items() if not math.isfinite(s)]
+    report.reason = reasons.get(kind) or next(iter(problems), None)
+    report.mixable, report.odd = report.reason is None, problems[kind not in reasons :]
+    if any(scale == 0 for scale in scales.values()):
+        report.odd.append("alpha is 0 in some modules: they do nothing")
+    wide = [m for m, rank in ranks.items() if m in up and rank > min(_widths(header, down[m], up[m]))]
+    if wide:
+        report.odd.append(f"rank exceeds the module's width in {len(wide)} modules: more than a full matrix")
     if any(len(info.shape) == 4 for info in header.tensors.values()):
         report.odd.append("has LoRAs on convolutions")
     if down.keys() != up.keys():
@@ -106,6 +124,72 @@ def refusals(header: Header) -> list[str]:
             "has tools for that), or train one"
         )
     return reasons
+
+
+def configs(header: Header) -> dict[str, AdapterConfig]:
+    """The LoRA configurations that diffusers wrote into the header, by the model's name.
+
+    Raises:
+        LoraweaveError: they cannot be read, or say something that cannot be mixed.
+    """
+    if METADATA not in header.metadata:
+        return {}
+    try:
+        content = json.loads(header.metadata[METADATA])
+    except (ValueError, RecursionError) as error:
+        raise LoraweaveError(f"{header.path}: field {METADATA} of the header is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise LoraweaveError(f"{header.path}: field {METADATA} of the header is not a JSON object")
+    by_part: dict[str, dict[str, object]] = {}
+    for key, value in content.items():
+        part, _, name = key.partition(".")
+        by_part.setdefault(part, {})[name] = value
+    found = {part: parse_config(header.path, {"peft_type": "LORA", **fields}) for part, fields in by_part.items()}
+    for config in found.values():
+        for reason in config.refusals():
+            raise LoraweaveError(f"{header.path}: {reason}")
+    return found
+
+
+def scale_of(module: str, rank: int, alpha: float | None, found: Mapping[str, AdapterConfig]) -> float:
+    """``alpha / rank``; 1 where the file says nothing, as in diffusers.
+
+    Args:
+        module: its path, which begins with the name of the pipeline's model.
+        rank: of its factors.
+        alpha: what the file has beside them.
+        found: see :func:`configs`.
+    """
+    if alpha is not None:
+        return alpha / rank
+    part, _, inner = module.partition(".")
+    config = found.get(part)
+    return 1.0 if config is None or config.alpha is None else config.scale_of(inner, rank)
+
+
+def _scales(
+    ranks: Mapping[str, int], alphas: Mapping[str, float], found: Mapping[str, AdapterConfig]
+) -> dict[str, float]:
+    return {module: scale_of(module, rank, alphas.get(module), found) for module, rank in ranks.items()}
+
+
+def _misfits(header: Header, down: Mapping[str, str], up: Mapping[str, str]) -> list[str]:
+    """Factors whose shapes or dtypes cannot be mixed."""
+    problems = []
+    for key in [*down.values(), *up.values()]:
+        if header.tensors[key].dtype not in MIXABLE_DTYPES:
+            dtype = header.tensors[key].dtype
+            problems.append(f"tensor {key!r} has dtype {dtype}; expected one of {', '.join(MIXABLE_DTYPES)}")
+    for module in down.keys() & up.keys():
+        a, b = header.tensors[down[module]].shape, header.tensors[up[module]].shape
+        if len(a) not in (2, 4) or len(b) not in (2, 4) or not a[0] or a[0] != b[1]:
+            problems.append(f"factors of {module!r} have shapes {list(a)} and {list(b)}, which do not fit")
+    return sorted(problems)
+
+
+def _widths(header: Header, a: str, b: str) -> tuple[int, int]:
+    """What goes into a module (of a convolution, what its kernel sees) and what comes out."""
+    return math.prod(header.tensors[a].shape[1:]), math.prod(header.tensors[b].shape[:1])
 
 
 def architecture(header: Header) -> str | None:
@@ -137,6 +221,11 @@ def triggers(metadata: Mapping[str, str], limit: int = 5) -> list[str]:
     return [tag for tag, _ in counts.most_common(limit)]
 
 
+def is_of_text(name: str) -> bool:
+    """Whether this is a tensor or module of a text encoder, in anybody's names."""
+    return bool(_TEXT_ENCODER.match(name))
+
+
 def convention(names: Iterable[str]) -> str:
     """Whose names a file's tensors have: ``"kohya"``, ``"diffusers"``, ``"lycoris"``, ``"peft"`` or ``"unknown"``."""
     names = list(names)
@@ -150,9 +239,16 @@ def _alphas(header: Header) -> dict[str, float]:
     return {key.removesuffix(".alpha"): float(get(key).item()) for key in keys}
 
 
+def _damage(header: Header, keys: Iterable[str]) -> list[str]:
+    """Factors that hold values which are not finite."""
+    get = open_tensors(header)
+    found = (value_problem(header, key, get(key)) for key in keys if header.tensors[key].dtype in MIXABLE_DTYPES)
+    return [problem for problem in found if problem]
+
+
 def _leaf(module: str) -> str:
     """``lora_unet_..._attn1_to_q`` and ``....attn1.to_q`` both end in ``to_q``."""
-    name = module.rpartition(".")[2]
+    name = ".".join(module.split(".")[-2:]) if module.rpartition(".")[2].isdigit() else module.rpartition(".")[2]
     match = re.search(
         r"_(to_(?:q|k|v|out)(?:_0)?|[qkv]_proj|out_proj|fc[12]|proj_(?:in|out)|conv\d?|ff_net_\d(?:_proj)?)$", name
     )

@@ -127,7 +127,8 @@ def _not_safetensors(path: Path, size: int, length: int) -> LoraweaveError:
         return pickle_refused(path)
     with path.open("rb") as file:
         start = file.read(64)
-    if start[:1] == b"\x80" or start[:4] == b"PK\x03\x04":
+    # A pickle begins with 0x80, and so may a header's length, which then is a small number.
+    if (start[:1] == b"\x80" and length > HEADER_LIMIT) or start[:4] == b"PK\x03\x04":
         return pickle_refused(path)
     if start.startswith(b"version https://git-lfs"):
         return LoraweaveError(f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull` in its folder")

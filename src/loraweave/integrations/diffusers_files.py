@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,16 +17,17 @@ from torch.utils._pytree import tree_flatten
 
 from loraweave.errors import LoraweaveError, LoraweaveWarning
 from loraweave.experts.checks import value_problem
-from loraweave.experts.config import CONFIG_NAME, AdapterConfig, parse_config
+from loraweave.experts.config import CONFIG_NAME, AdapterConfig
 from loraweave.experts.mapped import open_tensors
 from loraweave.experts.report import ExpertReport
-from loraweave.experts.single_file import convention, inspect_file, refusals
+from loraweave.experts.single_file import configs, convention, inspect_file, is_of_text, refusals, scale_of
 from loraweave.experts.sources import WEIGHTS_NAME
 from loraweave.experts.types import Expert, LoraFactors
 from loraweave.experts.weightfile import MIXABLE_DTYPES, PICKLES, Header, pickle_refused, read_header
 
-_METADATA = "lora_adapter_metadata"
 _WEIGHTS = "pytorch_lora_weights.safetensors"
+_WHOLE = ("I64", "I32", "I16", "I8", "U8")
+"""Dtypes that some trainers keep alphas in."""
 
 
 def read_expert(source: str | Path, name: str, *, pipe: Any, parts: nn.Module) -> Expert:
@@ -46,29 +46,42 @@ def read_expert(source: str | Path, name: str, *, pipe: Any, parts: nn.Module) -
     modules = dict(parts.named_modules())
     file = _file(path)
     if file is None:
-        return _peft_folder(source, name, modules)
+        return _peft_folder(source, name, pipe, modules)
     header = read_header(file)
     for problem in refusals(header):
         raise LoraweaveError(f"{file}: {problem}")
     report = inspect_file(str(source), file)
     found = _Found.read(header, pipe)
     factors, unmatched = _factors(found, header, modules)
-    listed = _some(unmatched)
-    if not factors:
-        guess = f"; it looks made for {report.architecture}" if report.architecture else ""
-        raise LoraweaveError(
-            f"{file}: nothing in it fits {type(pipe).__name__}{guess}; unmatched, of {len(header.tensors)} tensors: "
-            f"{listed}"
-        )
+    if not factors or _beside_the_denoiser(factors, unmatched):
+        raise LoraweaveError(_misfit(file, pipe, report, factors, unmatched, len(header.tensors)))
     report = _told(report, factors, header, unmatched)
     if unmatched:
         warnings.warn(
             f"{file}: {len(unmatched)} of {len(header.tensors)} tensors fit nothing in {type(pipe).__name__} and are "
-            f"not used: {listed}",
+            f"not used: {_some(unmatched)}",
             LoraweaveWarning,
             stacklevel=2,
         )
     return Expert(name, factors, source=str(source), sha256=report.sha256, base=report.base, report=report)
+
+
+def _beside_the_denoiser(placed: Iterable[str], unplaced: Iterable[str]) -> bool:
+    """Whether text encoders alone were found, of an expert that extends a denoiser too: it is another family's."""
+    return all(is_of_text(name) for name in placed) and any(
+        not is_of_text(name) and not name.endswith(".alpha") for name in unplaced
+    )
+
+
+def _misfit(
+    file: Path, pipe: Any, report: ExpertReport, factors: Mapping[str, LoraFactors], unmatched: list[str], tensors: int
+) -> str:
+    """Why a file is refused of which nothing, or nothing but text encoders, fits."""
+    what = "of its denoiser nothing" if factors else "nothing in it"
+    guess = f"; it looks made for {report.architecture}" if report.architecture else ""
+    if report.architecture == "SD3" and report.format == "kohya" and "StableDiffusion3" in type(pipe).__name__:
+        guess = "; it is kohya's for SD3, which diffusers cannot convert: have it in diffusers' own format"
+    return f"{file}: {what} fits {type(pipe).__name__}{guess}; unmatched, of {tensors} tensors: {_some(unmatched)}"
 
 
 def _file(path: Path) -> Path | None:
@@ -94,7 +107,7 @@ def _file(path: Path) -> Path | None:
     raise LoraweaveError(f"{path}: expected one .safetensors file or a PEFT folder, got {names}; name the file itself")
 
 
-def _peft_folder(source: str | Path, name: str, modules: Mapping[str, nn.Module]) -> Expert:
+def _peft_folder(source: str | Path, name: str, pipe: Any, modules: Mapping[str, nn.Module]) -> Expert:
     """A PEFT folder: made for one of the models, or for the pipeline's models under their names."""
     from loraweave.experts.reader import read_expert as read_peft
 
@@ -109,6 +122,10 @@ def _peft_folder(source: str | Path, name: str, modules: Mapping[str, nn.Module]
             factors[place] = _shaped(one, modules[place])
     if not factors:
         raise LoraweaveError(f"{source}: none of its modules exists in this pipeline; the first is {missing[0]!r}")
+    if _beside_the_denoiser(factors, [name for name in missing if name.startswith(("unet.", "transformer."))]):
+        raise LoraweaveError(
+            f"{source}: of its denoiser nothing fits {type(pipe).__name__}; missing modules: {_some(missing)}"
+        )
     if missing:
         warnings.warn(
             f"{source}: {len(missing)} of {len(expert.factors)} modules do not exist in this pipeline and are not "
@@ -154,7 +171,7 @@ class _Found:
                 f"{first}); is it made for another kind of model?"
             ) from error
         state, alphas = (converted[0], converted[1] or {}) if isinstance(converted, tuple) else (converted, {})
-        found = cls(configs=_configs(header))
+        found = cls(configs=configs(header))
         for key, tensor in state.items():
             if key.endswith(".alpha") and isinstance(tensor, Tensor) and tensor.numel() == 1:
                 alphas = {**alphas, key: tensor}
@@ -183,11 +200,12 @@ def _loaded(header: Header) -> dict[str, Tensor]:
         stem = key.removesuffix(".lora_down.weight").removesuffix(".lora_up.weight").removesuffix(".alpha")
         if kohya and stem not in stems:
             continue  # reported as unmatched; converters stumble over half a pair
-        if info.dtype not in MIXABLE_DTYPES:
+        whole = key.endswith(".alpha") and info.dtype in _WHOLE
+        if info.dtype not in MIXABLE_DTYPES and not whole:
             raise LoraweaveError(
                 f"{header.path}: tensor {key!r} has dtype {info.dtype}; expected one of {', '.join(MIXABLE_DTYPES)}"
             )
-        tensor = get(key)
+        tensor = get(key).float() if whole else get(key)
         if problem := value_problem(header, key, tensor):
             raise LoraweaveError(problem)
         tensors[key] = _Traced.of(tensor, key)
@@ -236,27 +254,6 @@ def _peft_names(keys: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def _configs(header: Header) -> dict[str, AdapterConfig]:
-    """The LoRA configurations that diffusers wrote into the header, by the model's name."""
-    if _METADATA not in header.metadata:
-        return {}
-    try:
-        content = json.loads(header.metadata[_METADATA])
-    except (ValueError, RecursionError) as error:
-        raise LoraweaveError(f"{header.path}: field {_METADATA} of the header is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise LoraweaveError(f"{header.path}: field {_METADATA} of the header is not a JSON object")
-    by_part: dict[str, dict[str, object]] = {}
-    for key, value in content.items():
-        part, _, name = key.partition(".")
-        by_part.setdefault(part, {})[name] = value
-    configs = {part: parse_config(header.path, {"peft_type": "LORA", **fields}) for part, fields in by_part.items()}
-    for config in configs.values():
-        for reason in config.refusals():
-            raise LoraweaveError(f"{header.path}: {reason}")
-    return configs
-
-
 def _factors(
     found: _Found, header: Header, modules: Mapping[str, nn.Module]
 ) -> tuple[dict[str, LoraFactors], list[str]]:
@@ -275,7 +272,7 @@ def _factors(
             )
         if b.ndim == 4 and b.shape[2:] != (1, 1):
             raise LoraweaveError(f"{header.path}: B of {module!r} has shape {list(b.shape)}; expected a 1 x 1 kernel")
-        scale = _scale(found, module, a.shape[0])
+        scale = scale_of(module, a.shape[0], found.alphas.get(module), found.configs)
         if not math.isfinite(scale):
             raise LoraweaveError(f"{header.path}: alpha of {module!r} is not finite")
         factors[place] = _shaped(LoraFactors(a, b.flatten(1), scale), modules[place])
@@ -293,15 +290,6 @@ def _stem(key: str) -> str:
     for ending in (".alpha", ".lora_down.weight", ".lora_up.weight", ".lora_A.weight", ".lora_B.weight"):
         key = key.removesuffix(ending)
     return key
-
-
-def _scale(found: _Found, module: str, rank: int) -> float:
-    """``alpha / rank``; 1 where the file says nothing, as in diffusers."""
-    if module in found.alphas:
-        return found.alphas[module] / rank
-    part, _, inner = module.partition(".")
-    config = found.configs.get(part)
-    return 1.0 if config is None or config.alpha is None else config.scale_of(inner, rank)
 
 
 def _place(module: str, modules: Mapping[str, nn.Module]) -> str | None:

@@ -194,7 +194,13 @@ class DenoiserDoor:
         stage, policy = self.stage, self.stage.policy
         owners: tuple[int, ...] = ()
         if isinstance(policy, Turns) or (isinstance(policy, Scheduled) and stage.moving):
-            moment = stage.staging.clock(self.arguments.get("timestep", args, kwargs))
+            timestep = self.arguments.get("timestep", args, kwargs)
+            if timestep is None:
+                raise LoraweaveError(
+                    f"{self.path}: is called without 'timestep', so the denoising step is unknown; {policy.name!r} "
+                    "cannot follow it, methods that do not depend on the step can"
+                )
+            moment = stage.staging.clock(timestep)
             if isinstance(policy, Turns):
                 name = policy.turn(stage.remaining(), moment)
                 owner = BARE if name is None else stage.names().index(name)
@@ -242,12 +248,13 @@ class DenoiserDoor:
         """The call's arguments with the rows repeated for each owner, prompts as that owner reads them."""
         args, kwargs = self.call
         sample = args[0] if args else kwargs.get(self.names[0])
-        if not isinstance(sample, Tensor):
+        if isinstance(sample, Tensor):
+            self.rows = sample.shape[0]
+        elif isinstance(self.stage.policy, Copies):
             raise LoraweaveError(
                 f"{self.path}: its first argument {self.names[0]!r} is {type(sample).__name__}, expected a tensor of "
-                "rows; this pipeline is not supported"
+                f"rows; {self.stage.policy.name!r} cannot run it once per expert, other methods can"
             )
-        self.rows = sample.shape[0]
         unbatched = self.stage.staging.unbatched
         named = zip(self.names, args, strict=False)
         return (

@@ -214,6 +214,12 @@ class Site:
     def row_weights(self, bank: Bank, a: Tensor) -> Tensor:
         """Weights of the bank's rank rows, shaped to multiply ``a`` ``[..., R]``."""
         w = self._spread_over(bank)
+        tokens = {3: a.shape[1], 4: a.shape[2:].numel()}.get(a.ndim, max(1, a.shape[0] // w.shape[0]))
+        if w.shape[1] not in (1, tokens):
+            raise LoraweaveError(
+                f"gate site {self.name}: weights of {w.shape[1]} tokens do not suit a module that reads {tokens}; "
+                "the blocks of UNets change their resolution: take gates that pool (pooling='mean'), or at every matrix"
+            )
         if a.ndim == 3:
             return w
         if a.ndim == 4:

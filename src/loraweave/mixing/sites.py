@@ -35,6 +35,9 @@ def build_sites(
     Raises:
         LoraweaveError: the policy does not go with this model or these experts.
     """
+    if isinstance(policy, type) or not hasattr(policy, "mix"):
+        shown = policy.__name__ if isinstance(policy, type) else repr(policy)
+        raise LoraweaveError(f"policy: expected a method such as lw.Sum() or lw.MoLE(), got {shown}")
     if policy.mix == "outputs" and anatomy.staging is not None:
         raise LoraweaveError(
             "mix='outputs' is for language models; over a diffusers pipeline use mix='deltas' (the default)"

@@ -108,7 +108,7 @@ def direction(f: LoraFactors) -> Tensor:
     With ``S = (B^T B)^(1/2)``, ``S A`` and ``B A`` have the same right singular vectors, ``A^T S z / sigma`` for the
     eigenvectors ``z`` of ``S A A^T S``.
     """
-    root, A = symmetric_root(f.B).double(), f.A.double()
+    root, A = symmetric_root(f.B).double(), f.A.double().flatten(1)  # of a convolution: what a kernel sees
     if not torch.isfinite(root).all() or not torch.isfinite(A).all():
         raise LoraweaveError("arrow: an expert's weights are not finite, so they point nowhere; check it with inspect")
     values, vectors = torch.linalg.eigh(root @ A @ A.T @ root)

@@ -39,10 +39,12 @@ class Composite:
     mix: ClassVar[Literal["deltas"]] = "deltas"
 
     def __post_init__(self) -> None:
-        if self.chunk is not None and (not isinstance(self.chunk, int) or self.chunk < 1):
-            raise LoraweaveError(f"composite chunk: expected a whole number of experts, at least 1, got {self.chunk!r}")
+        if self.chunk is not None:
+            checks.whole(self.name, "chunk", self.chunk)
         for name, weight in (self.weights or {}).items():
-            checks.finite(self.name, f"weight of {name!r}", weight, above=-1e-30)
+            checks.finite(self.name, f"weight of {name!r}", weight)
+            if weight < 0:
+                raise LoraweaveError(f"composite weight of {name!r}: expected a number of at least 0, got {weight!r}")
 
     def check(self, sites: Sequence[SitePlan]) -> None:
         if float(self.shares(sites[0].experts).sum()) == 0:

@@ -62,12 +62,16 @@ def build(cls: Callable[..., Any], name: str, given: Mapping[str, Any]) -> Any:
     """``cls`` with these options.
 
     Raises:
-        LoraweaveError: an unknown option, or one that it refuses.
+        LoraweaveError: an unknown option, one that it refuses, or one that it needs is missing.
     """
     known = tuple(f.name for f in dataclasses.fields(cls))  # type: ignore[arg-type]
     for option in given:
         if option not in known:
             raise unknown(f"option of method {name!r}", option, known)
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if needed and field.name not in given:
+            raise LoraweaveError(f"method {name!r}: needs the option {field.name!r}; give it in the recipe")
     return cls(**given)
 
 

@@ -80,10 +80,17 @@ def check(method: str, name: str, strength: Any) -> None:
 
 
 def resolve(method: str, strength: Any, path: str) -> float | Schedule:
-    """What ``strength`` says for the module at ``path``; 1 where it says nothing, as in diffusers' ``set_adapters``."""
-    found = _find(strength, path.split("."))
-    if found is None and isinstance(strength, Mapping) and "." in path:
-        found = _find(strength, path.split(".")[1:])  # parts of the denoiser, without its name
+    """What ``strength`` says for the module at ``path``; 1 where it says nothing, as in diffusers' ``set_adapters``.
+
+    Raises:
+        LoraweaveError: it is a list that has no entry for this module.
+    """
+    try:
+        found = _find(strength, path.split("."))
+        if found is None and isinstance(strength, Mapping) and "." in path:
+            found = _find(strength, path.split(".")[1:])  # parts of the denoiser, without its name
+    except _NoEntry as error:
+        raise LoraweaveError(f"{method} weights: {error.args[0]} {path!r}") from None
     if found is None:
         return 1.0
     return Schedule.parse(method, found) if isinstance(found, str) else float(found)
@@ -123,6 +130,26 @@ def _find(strength: Any, path: Sequence[str]) -> Any:
                 return found
         return None
     if isinstance(strength, list | tuple):
-        number = int(path[1]) if len(path) > 1 and path[1].isdigit() else -1
-        return strength[number] if 0 <= number < len(strength) else None
+        number = 0 if len(strength) == 1 else _number(path)
+        if number is None:
+            raise _NoEntry(f"the list {list(strength)} is for the numbered parts of a block, not for")
+        if number >= len(strength):
+            raise _NoEntry(f"the list {list(strength)} has no entry of number {number} (the first is 0), for")
+        return strength[number]
     return strength
+
+
+class _NoEntry(Exception):
+    """A list says nothing about a module that it is for."""
+
+
+def _number(path: Sequence[str]) -> int | None:
+    """Which entry of a list holds at what is left of a path.
+
+    Of a UNet's blocks it is the number of the attention (``attentions.1``), as in diffusers, whether the list stands
+    for one block or for all that go down or up; elsewhere the number of the block itself.
+    """
+    for place in (2, 1, 0) if path and path[0].isdigit() else (1,):
+        if len(path) > place and path[place].isdigit():
+            return int(path[place])
+    return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,33 @@ def test_a_recipe_becomes_a_mixture_that_paints(
     assert found["gated"] != found["mole"]
     told = json.loads((tmp_path / "out" / "image.json").read_text())["methods"]
     assert (told["gated"]["saved"], told["gated"]["scale"]) == ("gated", 1.5)
+
+
+def test_an_interrupted_command_goes_on_and_leaves_nothing_behind(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = str(place / "denoising.yaml"), tmp_path / "gated"
+    step, calls = torch.optim.AdamW.step, []
+
+    def pressed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", pressed)
+    assert main(["train", recipe, "-o", str(out)]) == 130
+    said = capsys.readouterr().err
+    assert f"kept step 1 in {out}.unfinished; the same command goes on from there\ninterrupted\n" in said
+    assert not out.exists()
+    assert main(["train", recipe, "-o", str(out), "train.seed=9"]) == 2
+    assert "this run had seed=0, got 9; go on with the same, or remove the folder" in capsys.readouterr().err
+    other = "images.pictures={another prompt: " + str(place / "pictures") + "}"
+    assert main(["train", recipe, "-o", str(out), other]) == 2
+    assert "this run had prompts=" in capsys.readouterr().err
+    assert main(["train", recipe, "-o", str(out)]) == 0
+    assert len(calls) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["gated"]
 
 
 def test_a_mixture_of_other_experts_is_refused(

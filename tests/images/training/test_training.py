@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pipes
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,32 @@ def test_an_interrupted_run_goes_on_where_it_was(
         lessons.train(mixture, steps=4, output_dir=tmp_path / "cut", resume=True, seed=1)
 
 
+@pytest.mark.parametrize("place", ["step", "zero_grad"])
+def test_nothing_is_lost_when_a_step_itself_is_interrupted(
+    place: str, taught: Any, attach: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while the optimiser works waits for the end of the step, which is then kept."""
+    pipe, files = taught("sd15")
+    mixture = attach(pipe, files, lw.MoLE())
+    original, calls = getattr(torch.optim.AdamW, place), []
+
+    def pressed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(place)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, place, pressed)
+    with pytest.raises(KeyboardInterrupt):
+        lessons.train(mixture, steps=4, output_dir=tmp_path, save_every=4)
+    assert [step for step, _ in checkpoints.whole(tmp_path)] == [2]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    after = lessons.gates(mixture)
+    mixture.policy = lw.MoLE()
+    assert checkpoints.read(tmp_path, mixture, {}) is not None
+    assert all(torch.equal(gate, after[name]) for name, gate in lessons.gates(mixture).items())
+
+
 def test_gates_first_measure_what_they_read(taught: Any, attach: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, files = taught("sd15")
     mixture = attach(pipe, files, lw.MoLE())
@@ -155,11 +182,19 @@ def test_bad_input_is_one_line(taught: Any, attach: Any, tmp_path: Path) -> None
         ([("none.png", "hero")], lw.Denoising(), "cannot be read as a picture"),
         ({"hero": str(tmp_path / "empty")}, lw.Denoising(), "holds none"),
         ({"hero": str(tmp_path / "nowhere")}, lw.Denoising(), "no such folder"),
+        (5, lw.Denoising(), "expected {prompt: folder} or pairs of picture and prompt, got int"),
+        (5, lessons.guidance(), "prompts: expected a list of texts"),
+        ([(Image.new("RGB", (16, 4)), "hero")], lw.Denoising(), "number 1 has 16 x 4 pixels, at least 8 x 8 expected"),
     ]
     for data, objective, message in cases:
         with pytest.raises(lw.LoraweaveError, match=message) as caught:
             lessons.train(mixture, data, objective)
         assert "\n" not in str(caught.value)
+    with pytest.raises(lw.LoraweaveError, match="unknown mixed_precision 'bf61'; did you mean 'bf16'"):
+        lessons.train(mixture, mixed_precision="bf61")
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(lw.LoraweaveError, match="cannot write"):
+        lessons.train(mixture, output_dir=tmp_path / "taken")
     with pytest.raises(lw.LoraweaveError, match=r"use lw\.train_images"):
         lw.train(mixture, [{"input": "a", "target": "b"}])
     mixture.policy = lw.Sum()

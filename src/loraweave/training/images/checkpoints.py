@@ -82,7 +82,8 @@ def read(folder: Path, mixture: Mixture, settings: dict[str, Any]) -> tuple[dict
         before = progress.settings.get(name)
         if before != value:
             raise LoraweaveError(
-                f"{place}: this run had {name}={before!r}, got {value!r}; resume with the same, or in another folder"
+                f"{place}: this run had {name}={before!r}, got {value!r}; go on with the same, or remove "
+                "the folder or name another"
             )
     persistence.load_gates(mixture, place)
     return state, progress

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -113,7 +113,7 @@ class ClipGuidance:
         Raises:
             LoraweaveError: no prompts, no CLIP, an expert without a concept, or an unknown expert.
         """
-        prompts = [data] if isinstance(data, str) else list(data)
+        prompts = [data] if isinstance(data, str) else list(data) if isinstance(data, Iterable) else []
         if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
             raise LoraweaveError("prompts: expected a list of texts, at least one, none of them blank")
         return _Guided(self, mixture, prompts, device)

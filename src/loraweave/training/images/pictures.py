@@ -14,6 +14,7 @@ from torch import Tensor
 from loraweave.errors import LoraweaveError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SMALLEST = 8
 Picture: TypeAlias = Any
 PictureSource: TypeAlias = str | os.PathLike[str] | Iterable[tuple[Picture, str]] | Mapping[str, str | os.PathLike[str]]
 
@@ -41,6 +42,10 @@ def read_pictures(source: PictureSource, size: tuple[int, int] | None = None) ->
         pairs = [pair for prompt, folder in source.items() for pair in _of_folder(Path(folder), prompt)]
     elif isinstance(source, str | os.PathLike):
         raise LoraweaveError(f"pictures: expected {{prompt: folder}} or pairs of picture and prompt, got {source!r}")
+    elif not isinstance(source, Iterable):
+        raise LoraweaveError(
+            f"pictures: expected {{prompt: folder}} or pairs of picture and prompt, got {type(source).__name__}"
+        )
     else:
         pairs = list(source)
     if not pairs:
@@ -50,6 +55,11 @@ def read_pictures(source: PictureSource, size: tuple[int, int] | None = None) ->
         if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[1], str) or not pair[1].strip():
             raise LoraweaveError(f"pictures: number {n}: expected a pair of picture and prompt, got {str(pair)[:60]}")
         image = open_picture(pair[0], f"pictures: number {n}")
+        if size is None and min(image.size) < SMALLEST:
+            raise LoraweaveError(
+                f"pictures: number {n} has {image.width} x {image.height} pixels, at least {SMALLEST} x {SMALLEST} "
+                "expected; give larger ones, or the size"
+            )
         size = size or (image.height // 8 * 8, image.width // 8 * 8)
         made.append(Captioned(pixels(image, size), pair[1]))
     return made

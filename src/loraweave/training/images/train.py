@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -13,15 +14,16 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from loraweave.errors import LoraweaveError
+from loraweave.errors import LoraweaveError, unknown
 from loraweave.experts.triggers import warn_of_triggers
-from loraweave.files import atomic_path
+from loraweave.files import atomic_path, make_folder
 from loraweave.integrations import diffusers_training as runs
 from loraweave.mixing.numerics import balance_loss
 from loraweave.mixture import Mixture
 from loraweave.training import objective as gates
 from loraweave.training.images import checkpoints
 from loraweave.training.images.objectives import ClipGuidance, Denoising, Draw, Lesson
+from loraweave.training.interrupts import undivided
 from loraweave.training.standards import MEASURED_BATCHES, measure
 from loraweave.training.train import TrainingResult, default_learning_rate
 
@@ -77,20 +79,18 @@ def train_images(
         LoraweaveError: nothing to train, bad data or options, a pipeline that is not supported, or a checkpoint of
             another run.
     """
-    from accelerate import Accelerator
-
     pipe = _checked(mixture, steps=steps, batch_size=batch_size, save_every=save_every, sample_every=sample_every)
     if learning_rate is not None and not learning_rate > 0:
         raise LoraweaveError(f"learning_rate: expected a number above 0, got {learning_rate}")
     if output_dir is None and (resume or sample_every is not None):
         raise LoraweaveError("output_dir: resume and sample_every need a folder; give one")
-    folder = None if output_dir is None else Path(output_dir)
+    folder = None if output_dir is None else make_folder(output_dir)
     weight = float(getattr(mixture.policy, "balance", 0.0) if balance is None else balance)
     rate = learning_rate or default_learning_rate(mixture)
     learned = [p for _, p in mixture.gate_parameters() if p.requires_grad]
     started = time.perf_counter()
     with ExitStack() as stack:
-        accelerator = Accelerator(mixed_precision=mixed_precision, cpu=_stays_on_cpu(pipe))
+        accelerator = _accelerator(mixed_precision, pipe)
         stack.enter_context(runs.prepared(pipe, gradient_checkpointing))
         if accelerator.device.type != "cpu":
             pipe.to(accelerator.device)
@@ -103,6 +103,7 @@ def train_images(
         prepared = accelerator.prepare(optimizer)
         rows = batch_size * accelerator.num_processes
         settings = {"steps": steps, "rows": rows, "seed": seed, "learning_rate": rate, "balance": weight}
+        settings["prompts"] = hashlib.sha256("\n".join(lesson.prompts).encode()).hexdigest()[:12]
         done = checkpoints.Progress(0, [], 0.0, settings)
         found = checkpoints.read(folder, mixture, settings) if resume and folder is not None else None
         if found is not None:
@@ -138,7 +139,6 @@ def train_images(
                 checkpoints.write(folder, mixture, states, done)
 
         log_every, save_every = max(1, steps // 20), save_every or max(1, steps // 4)
-        whole = True  # whether gates and optimiser are of one step
         try:
             while done.step < steps:
                 draws = list(draws_of(seed, done.step, rows, len(lesson.prompts)))
@@ -154,15 +154,15 @@ def train_images(
                 accelerator.backward(loss)
                 _average(learned, accelerator)
                 norm = accelerator.clip_grad_norm_(learned, 1.0)
-                whole = False
-                prepared.step()
-                schedule.step()
-                optimizer.zero_grad()
                 told = _log(mixture, accelerator.reduce(task.detach(), "mean"), shares, norm)
-                done.step, done.total, total = done.step + 1, done.total + told["task_loss"], total + told["task_loss"]
-                if done.step % log_every == 0 or done.step == steps:
-                    done.history.append({"step": float(done.step), **told})
-                whole = True
+                with undivided():
+                    prepared.step()
+                    schedule.step()
+                    optimizer.zero_grad()
+                    done.step, done.total = done.step + 1, done.total + told["task_loss"]
+                    if done.step % log_every == 0 or done.step == steps:
+                        done.history.append({"step": float(done.step), **told})
+                total += told["task_loss"]
                 bar.update()
                 bar.set_postfix(loss=f"{told['task_loss']:.3f}", entropy=f"{told['entropy']:.2f}", refresh=False)
                 if done.step % save_every == 0 or done.step == steps:
@@ -172,14 +172,15 @@ def train_images(
                     if accelerator.is_main_process:
                         _sample(pipe, lesson, objective, folder / SAMPLES / f"step-{done.step:06d}.png")
         except KeyboardInterrupt:
-            if whole and done.step > begun:
-                save()
+            if done.step > begun:
+                with undivided():
+                    save()
             raise
         accelerator.wait_for_everyone()
     return TrainingResult(
         steps=done.step,
         seconds=time.perf_counter() - started,
-        loss=total / max(done.step - begun, 1),
+        loss=total / (done.step - begun) if done.step > begun else done.total / max(done.step, 1),
         history=done.history,
     )
 
@@ -196,6 +197,19 @@ def _checked(mixture: Mixture, **counts: int | None) -> Any:
         raise LoraweaveError("cannot train gates that are folded into the weights; call unfold() first")
     runs.check_pipeline(mixture.pipeline)
     return mixture.pipeline
+
+
+def _accelerator(mixed_precision: str | None, pipe: Any) -> Any:
+    """Accelerate's own, with its complaints (another precision than earlier in this process, say) as ours."""
+    from accelerate import Accelerator
+
+    if mixed_precision not in (None, "no", "fp16", "bf16"):
+        raise unknown("mixed_precision", str(mixed_precision), ["no", "fp16", "bf16"])
+    try:
+        return Accelerator(mixed_precision=mixed_precision, cpu=_stays_on_cpu(pipe))
+    except ValueError as error:
+        first = " ".join(str(error).split())
+        raise LoraweaveError(f"mixed_precision {mixed_precision!r}: accelerate refuses it ({first})") from error
 
 
 def _stays_on_cpu(pipe: Any) -> bool:

@@ -1,0 +1,112 @@
+"""Pipelines as their users run them: compiled, offloaded, sliced; and denoisers that are called in another way."""
+
+from __future__ import annotations
+
+import copy
+import pipes
+from typing import Any
+
+import accelerate
+import diffusers
+import pytest
+import torch
+from torch.testing import assert_close
+
+import loraweave as lw
+
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", [lw.Sum(0.5), lw.Composite()], ids=lambda policy: policy.name)
+def test_a_compiled_denoiser_gives_the_same_pictures(policy: Any, textless: Any) -> None:
+    made, files, _ = textless("sd15")
+    pipe, two = copy.deepcopy(made), {name: files[name] for name in ("hero", "coat")}
+    mixture = lw.attach(pipe, two, policy)
+    expected = pipes.latents(pipe)
+    torch.compiler.reset()
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    pipe.unet = torch.compile(pipe.unet, backend=backend)
+    assert_close(pipes.latents(pipe), expected, **CLOSE)
+    assert max(graphs) > 500, "the UNet is not in one piece"
+    compiled = len(graphs)
+    assert_close(pipes.latents(pipe), expected, **CLOSE)
+    assert len(graphs) == compiled
+    mixture.detach()
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("first", [True, False])
+def test_offloaded_and_sliced_pipelines(whole: bool, first: bool, sets: Any) -> None:
+    """What ``enable_model_cpu_offload`` (whole models) and ``enable_sequential_cpu_offload`` do, here without a GPU."""
+    made, files, _ = sets("sd15")
+    mixture = lw.attach(made, files, lw.Composite())
+    expected = pipes.latents(made)
+    mixture.detach()
+    bare = pipes.latents(made)
+    pipe = copy.deepcopy(made)
+
+    def offload() -> None:
+        for part in (pipe.text_encoder, pipe.unet, pipe.vae):
+            if whole:
+                accelerate.cpu_offload_with_hook(part, "cpu")
+            else:
+                accelerate.cpu_offload(part, torch.device("cpu"))
+        pipe.enable_attention_slicing(1)
+
+    if first:
+        offload()
+    mixture = lw.attach(pipe, files, lw.Composite())
+    if not first:
+        offload()
+    assert_close(pipes.latents(pipe), expected, **CLOSE)
+    mixture.detach()
+    assert_close(pipes.latents(pipe), bare, **CLOSE)
+
+
+def test_a_denoiser_that_is_called_with_a_list_and_without_a_timestep() -> None:
+    torch.manual_seed(0)
+    transformer = diffusers.ZImageTransformer2DModel(
+        in_channels=4, dim=16, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=8,
+        axes_dims=[2, 2, 4], axes_lens=[64, 16, 16],
+    ).eval()  # fmt: skip
+    for parameter in transformer.parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(std=0.3)
+    pipe = diffusers.ZImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=pipes.vae(), text_encoder=None, tokenizer=None,
+        transformer=transformer,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    prompt = [torch.randn(5, 8)]
+
+    def picture() -> torch.Tensor:
+        options = {"height": 16, "width": 16, "num_inference_steps": 2, "output_type": "latent", "guidance_scale": 3.0}
+        given = {"prompt": None, "prompt_embeds": prompt, "negative_prompt_embeds": [torch.zeros(5, 8)]}
+        made: torch.Tensor = pipe(**given, **options, generator=torch.Generator().manual_seed(0)).images
+        return made
+
+    bare = picture()
+    modules = pipes.targets(pipe, ("to_q", "to_v"))
+    factors = {path: lw.LoraFactors(a, b, 1.0) for path, (a, b) in pipes.factors(modules, 0, 2).items()}
+    mixture = lw.attach(pipe, {"one": lw.Expert("one", factors)}, lw.Sum())
+    mixed = picture()
+    mixture.fold()
+    assert_close(picture(), mixed, atol=1e-3, rtol=1e-3)
+    mixture.unfold()
+    assert (mixed - bare).abs().max() > 1
+    for policy, message in (
+        (lw.Composite(), "its first argument 'x' is list, expected a tensor of rows; 'composite' cannot"),
+        (lw.Switch(), "is called without 'timestep', so the denoising step is unknown; 'switch' cannot"),
+    ):
+        mixture.policy = policy
+        with pytest.raises(lw.LoraweaveError, match=message):
+            picture()
+    mixture.detach()
+    assert torch.equal(picture(), bare)
