@@ -22,7 +22,7 @@ from loraweave.files import atomic_path, make_folder, write_json_atomic
 from loraweave.integrations.rivals import Loading
 from loraweave.mixture import Mixture, attach
 from loraweave.policies import Composite, Sum, Switch, registry
-from loraweave.recipe import Method, Recipe
+from loraweave.recipe import Recipe
 from loraweave.recipe_rivals import Rival
 from loraweave.recipe_testbed import Testbed
 from loraweave.reporting.sheets import contact_sheet
