@@ -34,7 +34,8 @@ class Scenario:
         what: one line for the table; a format string of the size.
         baseline: the task that the others' ratios refer to.
         tasks: builds them, by name, from the contenders' models.
-        contenders: of ``peers.PEERS``, ``ours.OURS``, ``ours.GATES`` and ``rows.ROWS``; none where tasks build their own.
+        contenders: of ``peers.PEERS``, ``ours.OURS``, ``ours.GATES`` and ``rows.ROWS``; none where tasks build
+            their own.
         changes: what differs from the shapes that ``--size`` gives.
         rounds: at most this many, however many are asked for.
     """

@@ -1,4 +1,4 @@
-"""Trains gates with ``GateTrainer`` under accelerate's FSDP2, or alone. Run by test_fsdp_trainer.py."""
+"""Trains and evaluates gates on a base that accelerate shards with FSDP2, or alone. Run by test_fsdp_trainer.py."""
 
 from __future__ import annotations
 
@@ -12,45 +12,82 @@ import lessons
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import save_file
+from torch import Tensor
+from transformers import Trainer
 
 import loraweave as lw
+import tiny
+from loraweave.mixture import Mixture
+
+create = Trainer.create_accelerator_and_postprocess
 
 
-class Trainer(lw.GateTrainer):
+def create_with_fsdp(trainer: Trainer) -> None:
     """accelerate takes FSDP up on accelerators only; this does on gloo what it does there."""
+    create(trainer)
+    state = trainer.accelerator.state
+    if state.use_distributed:
+        state.fsdp_plugin = FullyShardedDataParallelPlugin()  # as the launcher's environment says
+        state.distributed_type = DistributedType.FSDP
+        trainer.is_fsdp_enabled = True
 
-    def create_accelerator_and_postprocess(self) -> None:
-        super().create_accelerator_and_postprocess()
-        if self.args.fsdp:
-            state = self.accelerator.state
-            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
-            state.distributed_type = DistributedType.FSDP
-            self.is_fsdp_enabled = True
+
+def logged(history: list[dict[str, float]]) -> Tensor:
+    return torch.tensor([entry["loss"] for entry in history if "loss" in entry])
+
+
+def expect_shared_out(mixture: Mixture, world: int) -> None:
+    if world > 1:
+        base = next(iter(mixture.layers.values())).base.weight
+        assert base.to_local().shape[0] * world == base.shape[0], "the base is shared out"
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    out, world = Path(sys.argv[1]), int(os.environ.get("WORLD_SIZE", 1))
+    Trainer.create_accelerator_and_postprocess = create_with_fsdp
+    out, world, rank = Path(sys.argv[1]), int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    backend = "gloo" if world > 1 else None
     mixture = lessons.mixture("llama")
+    if rank:  # all start from the first process's gates
+        tiny.randomize(mixture)
+    rows = lessons.lesson("llama", 24)
     arguments = lessons.arguments(
         out,
         max_steps=4,
         per_device_train_batch_size=4 // world,
+        per_device_eval_batch_size=4 // world,
         gradient_accumulation_steps=2,
         save_strategy="steps",
         save_steps=2,
-        fsdp=world > 1,
-        fsdp_config={"version": 2} if world > 1 else None,
-        ddp_backend="gloo" if world > 1 else None,
+        ddp_backend=backend,
     )
-    trainer = Trainer(mixture, arguments, balance=0.0, train_dataset=lessons.lesson("llama", 16))
+    trainer = lw.GateTrainer(mixture, arguments, balance=0.0, train_dataset=rows[:16], eval_dataset=rows[16:])
+    made = {"before": torch.tensor(trainer.evaluate()["eval_loss"])}
+    expect_shared_out(mixture, world)
     trainer.train()
-    if world > 1:
-        base = next(iter(mixture.layers.values())).base.weight
-        assert base.to_local().shape[0] * world == base.shape[0], "the base is shared out"
-    save_file(lessons.gates(mixture), out / f"rank{arguments.process_index}.safetensors")
+    made |= {"losses": logged(trainer.state.log_history), **lessons.gates(mixture)}
+    made["after"] = torch.tensor(trainer.evaluate()["eval_loss"])
     with torch.no_grad():  # resumed half-way, it ends in the same place
         for _, parameter in mixture.gate_parameters():
             parameter.zero_()
     trainer.train(resume_from_checkpoint=str(out / "checkpoint-2"))
-    save_file(lessons.gates(mixture), out / f"resumed{arguments.process_index}.safetensors")
+    resumed = lessons.gates(mixture)
+
+    mixture = lessons.mixture("llama")
+    data = [{"input": f"{a} and {b}", "target": b} for a in "abcd" for b in ("xy", "zz", "k9")]
+    result = lw.train(
+        mixture,
+        data,
+        steps=3,
+        batch_size=4 // world,
+        balance=0.0,
+        tokenizer=tiny.tokenizer(False),
+        progress=False,
+        use_cpu=True,
+        ddp_backend=backend,
+    )
+    expect_shared_out(mixture, world)
+    made |= {f"train {name}": gate for name, gate in lessons.gates(mixture).items()}
+    made |= {"train losses": logged(result.history)}
+    save_file(made, out / f"rank{rank}.safetensors")
+    save_file(resumed, out / f"resumed{rank}.safetensors")

@@ -1,10 +1,12 @@
-"""``GateTrainer`` under accelerate's FSDP2: two processes end where one does, and so do resumed ones."""
+"""``GateTrainer`` and ``lw.train`` under accelerate's FSDP2: two processes end where one does, resumed or not."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import lessons
@@ -20,35 +22,46 @@ from loraweave.errors import LoraweaveError
 from loraweave.training import sharded
 
 WORKER = Path(__file__).parent / "fsdp_trainer_worker.py"
+PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
 
 
-def run(out: Path, processes: int) -> None:
+def run(out: Path, *launcher: str) -> None:
     out.mkdir()
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     paths = os.pathsep.join([str(Path(lw.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [*(launch if processes > 1 else [sys.executable]), str(WORKER), str(out)]
+    command = [sys.executable, *launcher, str(WORKER), str(out)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def documented(folder: Path) -> Path:
+    """The accelerate configuration that the documentation shows, as a file."""
+    (shown,) = re.findall(r"```yaml\n( *compute_environment.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    file = folder / "fsdp.yaml"
+    file.write_text(textwrap.dedent(shown))
+    return file
 
 
 @pytest.mark.slow
 def test_two_processes_end_where_one_does(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    run(one, 1)
-    run(two, 2)
+    run(one)
+    launcher = ("-m", "accelerate.commands.launch", "--config_file", str(documented(tmp_path)))
+    run(two, *launcher, "--main_process_port", "0")
     alone = load_file(one / "rank0.safetensors")
     start = lessons.gates(lessons.mixture("llama"))
-    changed = {name.rpartition("/")[2] for name, p in start.items() if not torch.equal(alone[name], p)}
-    assert changed >= {"e", "standard.spread"}, "nothing was trained, or measured"
+    for prefix in ("", "train "):
+        changed = {name.rpartition("/")[2] for name, p in start.items() if not torch.equal(alone[prefix + name], p)}
+        assert changed >= {"e", "standard.spread"}, "nothing was trained, or measured"
+    assert alone["after"] < alone["before"]
     first, second = load_file(two / "rank0.safetensors"), load_file(two / "rank1.safetensors")
     for name, expected in alone.items():
-        assert torch.equal(first[name], second[name]), name
+        assert name.endswith("losses") or torch.equal(first[name], second[name]), name
         assert_close(first[name], expected, atol=1e-5, rtol=1e-3)
     for rank in range(2):
         resumed = load_file(two / f"resumed{rank}.safetensors")
-        for name, expected in first.items():
-            assert_close(resumed[name], expected, atol=1e-6, rtol=1e-5)
+        for name, expected in resumed.items():
+            assert_close(first[name], expected, atol=1e-6, rtol=1e-5)
     checkpoint = {path.name for path in (two / "checkpoint-4").iterdir()}
     assert "gates.safetensors" in checkpoint
     assert not any("model" in name for name in checkpoint), "the base is not written"

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import nn
 from transformers import TrainerCallback
 
 from loraweave.errors import LoraweaveError
 
 
+@torch.no_grad()
 def keep_whole(accelerator: Accelerator, gates: Iterable[nn.Module]) -> None:
-    """Have FSDP2 shard the base alone. It takes no scalar parameters, which gates have, and gates are small.
+    """Have FSDP2 shard the base alone: it takes no scalar parameters, which gates have, and gates are small.
+
+    All processes start from the first one's gates, as under DDP.
 
     Raises:
         LoraweaveError: FSDP1, or a base of which only the first process holds the weights.
@@ -23,19 +28,23 @@ def keep_whole(accelerator: Accelerator, gates: Iterable[nn.Module]) -> None:
     if plugin.fsdp_version != 2:
         raise LoraweaveError(
             f"fsdp_config version: expected 2 for gate training, got {plugin.fsdp_version}: FSDP1 cannot leave gates "
-            "out; set fsdp_config={'version': 2}"
+            "out; set fsdp_config={'version': 2}, or fsdp_version: 2 in accelerate's file"
         )
     if plugin.cpu_ram_efficient_loading:
         raise LoraweaveError(
             "fsdp_config cpu_ram_efficient_loading: expected False for gate training, got True: it empties the model, "
             "and the attached experts with it; load the base on every process"
         )
-    if plugin.ignored_modules is not None and isinstance(plugin.ignored_modules, str):
+    if isinstance(plugin.ignored_modules, str):
         raise LoraweaveError(
             f"fsdp_config ignored_modules: expected modules, got the pattern {plugin.ignored_modules!r}; "
             "gate training must add the gates to them"
         )
-    plugin.ignored_modules = [*(plugin.ignored_modules or ()), *(gate.to(accelerator.device) for gate in gates)]
+    whole = [gate.to(accelerator.device) for gate in gates]
+    for gate in whole:
+        for tensor in chain(gate.parameters(), gate.buffers()):
+            tensor.copy_(broadcast(tensor.clone()))
+    plugin.ignored_modules = [*(plugin.ignored_modules or ()), *whole]
 
 
 @torch.no_grad()

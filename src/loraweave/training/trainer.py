@@ -100,6 +100,14 @@ class GateTrainer(Trainer):
             sharded.average_gradients(self.accelerator, (p for _, p in self.mixture.gate_parameters()))
         return loss
 
+    def evaluation_loop(self, *args: Any, **options: Any) -> Any:
+        """As in :class:`transformers.Trainer`; FSDP2 shards a model beside its optimizer only, so it gets one."""
+        if self.is_fsdp_enabled and not self.accelerator._models:
+            self.create_optimizer()
+            self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+            self.model_wrapped = self.model
+        return super().evaluation_loop(*args, **options)
+
     def _measure(self) -> None:
         if self._to_measure:
             self._to_measure = False
