@@ -59,7 +59,7 @@ def average_gradients(accelerator: Accelerator, parameters: Iterable[nn.Paramete
         p.grad = part.view_as(p).to(p.dtype) if anyone else None
 
 
-class OnceSharded(TrainerCallback):  # type: ignore[misc]
+class OnceSharded(TrainerCallback):
     """Does something when the base is sharded, before the first step."""
 
     def __init__(self, task: Callable[[], None]) -> None:

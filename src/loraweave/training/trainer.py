@@ -38,6 +38,10 @@ class GateTrainer(Trainer):
         LoraweaveError: the policy has no gates to train, or the mixture is folded.
     """
 
+    is_fsdp_enabled: bool
+    model: Any
+    optimizer: Any
+
     def __init__(
         self, mixture: Mixture, args: TrainingArguments, *, balance: float | None = None, **options: Any
     ) -> None:
