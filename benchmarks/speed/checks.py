@@ -16,6 +16,7 @@ EQUAL = (
     ("folded", "peft all"),
     ("one expert", "peft 1"),
     ("one-hot", "peft 1"),
+    ("8 experts", "peft, 8 experts"),
 )
 TOLERANCE = 1e-3  # of the largest change that the LoRAs make to the logits; fp32 rounding stays far below it
 

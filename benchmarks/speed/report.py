@@ -60,6 +60,8 @@ BOUNDS = (
     Bound("N = 32, rank 16", "peft all", "mole block", at_least=1.9),
     Bound("N = 32, rank 16", "mole top-2", "bare", at_most=1.2),
     Bound("N = 128", "mole top-2", "bare", at_most=1.3),
+    Bound("rows, forward", "8 mixtures", "one mixture", at_most=1.2),
+    Bound("rows, generate", "8 mixtures", "one mixture", at_most=1.2),
     Bound("import", "loraweave", "torch", at_most=1.1),
     Bound("images", "switch", "peft 1", at_most=1.05),
     Bound("images", "composite", "three runs, peft 1", at_most=1.0),

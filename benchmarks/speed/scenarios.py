@@ -12,6 +12,7 @@ from torch import nn
 
 from speed.models import SIZES, Bench, Models, Size, inputs, token_ids
 from speed.ours import GATES
+from speed.rows import BATCH, ROWS
 from speed.starting import attaching, importing, saving
 from speed.timing import Task
 from speed.training import STEPS
@@ -33,7 +34,8 @@ class Scenario:
         what: one line for the table; a format string of the size.
         baseline: the task that the others' ratios refer to.
         tasks: builds them, by name, from the contenders' models.
-        contenders: of ``peers.PEERS``, ``ours.OURS`` and ``ours.GATES``; none where tasks build their own.
+        contenders: of ``peers.PEERS``, ``ours.OURS``, ``ours.GATES`` and ``rows.ROWS``; none where tasks build
+            their own.
         changes: what differs from the shapes that ``--size`` gives.
         rounds: at most this many, however many are asked for.
     """
@@ -146,7 +148,12 @@ def _table() -> dict[str, Scenario]:
         "save and load": Scenario("start", "{0.experts} experts, block gates", "save", saving),
         "import": Scenario("start", "a fresh interpreter", "torch", importing),
     }
-    # Rows of one batch with different mixtures: a group "rows" belongs here, with a baseline of one mixture for all.
+    rows = ("bare", *(contender.name for contender in ROWS))
+    many = {"batch": BATCH, "length": 64, "new_tokens": 8}
+    table |= {
+        "rows, forward": Scenario("rows", "batch {0.batch} x {0.length}", "one mixture", forward, rows, many),
+        "rows, generate": Scenario("rows", tokens, "one mixture", partial(generate, rows=BATCH), rows, many, rounds=3),
+    }
     return table
 
 

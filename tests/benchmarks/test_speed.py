@@ -11,6 +11,7 @@ from speed.checks import check
 from speed.models import SIZES, Bench, arithmetic, make_bench
 from speed.ours import OURS, attach, ungated
 from speed.peers import PEERS, peft_all, peft_one
+from speed.rows import BATCH, MIXTURES, mixtures
 from speed.scenarios import SCENARIOS
 from speed.timing import Task, interleave, ratios
 from speed.training import STEPS
@@ -130,10 +131,26 @@ def test_every_bound_names_what_exists() -> None:
     for bound in report.BOUNDS:
         if bound.scenario in ("images", "import"):
             continue
-        known = list(STEPS) if bound.scenario == "train" else NAMES
         assert bound.scenario in SCENARIOS
+        known = STEPS if bound.scenario == "train" else SCENARIOS[bound.scenario].contenders
         assert {bound.of, bound.to} <= set(known)
         assert (bound.at_most is None) != (bound.at_least is None)
+
+
+@pytest.mark.slow
+def test_rows_with_their_own_mixtures_are_timed_against_one_mixture(tmp_path: Path) -> None:
+    output = tmp_path / "figures.json"
+    run.main(["--size", "tiny", "--rounds", "1", "--threads", "1", "--group", "rows", "-o", str(output)])
+    written = json.loads(output.read_text())
+    assert set(written["scenarios"]) == {"rows, forward", "rows, generate"}
+    assert written["checks"]["rows, forward: 8 experts = peft, 8 experts"] < 1e-3
+    assert {bound["ratio"] for bound in written["bounds"]} == {"8 mixtures / one mixture"}
+
+
+def test_as_many_mixtures_as_are_named_stand_in_the_batch(bench: Bench) -> None:
+    full = Bench(SIZES["full"], bench.base, {})
+    rows = [tuple(row.items()) for row in mixtures(full)]
+    assert (len(rows), len(set(rows))) == (BATCH, MIXTURES) == (16, 8)
 
 
 def test_rounds_are_interleaved_and_shuffled() -> None:

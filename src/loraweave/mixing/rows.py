@@ -14,12 +14,16 @@ if TYPE_CHECKING:
     from loraweave.experts.bank import Bank
     from loraweave.mixing.layer import MixingLayer
 
+# How many multiplications a processor does while it reads one number that no other row of the batch needs.
+_READING = 12
+
 
 class RowsTerm:
     """The low-rank term of one layer where each row of the batch has its own ``g``.
 
     Only the rank rows that some row needs are computed. Where rows need different ones, each gets its own copy of those
-    it needs, so that a row costs what it would cost alone.
+    it needs, so that a row costs what it would cost alone; but with few tokens a row, as in decoding, reading many
+    copies takes longer than one product with all of them.
 
     Args:
         bank: the layer's experts.
@@ -36,17 +40,19 @@ class RowsTerm:
         shared = w.any(0).nonzero().flatten()
         most = max(len(needed) for needed in each)
         self.idle = most == 0
-        self.own = matrix and most < len(shared)
+        self.most_dense = _READING * most // (len(shared) - most) if matrix and most < len(shared) else None
+        self.own: tuple[Tensor, Tensor, Tensor] | None = None
         with torch.inference_mode(False):
-            if self.own:
+            self.w = w[:, shared].to(bank.A)
+            here = shared.to(bank.A.device)
+            every = len(shared) == len(bank.A)
+            self.A, self.Bt = (bank.A, bank.Bt) if every else (bank.A[here], bank.Bt[here])
+            if self.most_dense is not None:
                 picked = torch.stack([torch.cat([n, n.new_zeros(most - len(n))]) for n in each])
                 spare = torch.arange(most) >= torch.tensor([[len(needed)] for needed in each])
-                self.w = w.gather(1, picked).masked_fill(spare, 0.0).unsqueeze(1).to(bank.A)
-            else:
-                picked = shared
-                self.w = w[:, shared].to(bank.A)
-            picked = picked.to(bank.A.device)
-            self.A, self.Bt = bank.A[picked], bank.Bt[picked]
+                weights_of_own = w.gather(1, picked).masked_fill(spare, 0.0).unsqueeze(1).to(bank.A)
+                picked = picked.to(bank.A.device)
+                self.own = bank.A[picked], weights_of_own, bank.Bt[picked]
 
     def add(self, layer: MixingLayer, x: Tensor, y: Tensor) -> Tensor:
         """``y`` plus the low-rank term of the layer's input ``x``.
@@ -67,8 +73,8 @@ class RowsTerm:
             w = self.w.repeat_interleave(x.shape[0] // rows, 0)
             return layer.expand(a, w[:, :, None, None] if a.ndim == 4 else w.unsqueeze(1), self.Bt, y)
         split = x.reshape(rows, -1, x.shape[-1])
-        if not self.own:
+        if self.own is None or self.most_dense is None or split.shape[1] <= self.most_dense:
             a = numerics.shrink(split, self.A)
             return numerics.expand(a * self.w.unsqueeze(1).to(a.dtype), None, self.Bt, y)
         out = y.reshape(rows, -1, y.shape[-1])
-        return numerics.low_rank_rows(split, self.A, self.w, self.Bt, out).view(y.shape)
+        return numerics.low_rank_rows(split, *self.own, out).view(y.shape)

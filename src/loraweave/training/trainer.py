@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 from loraweave import persistence
 from loraweave.errors import LoraweaveError
 from loraweave.mixture import Mixture
-from loraweave.training import objective
+from loraweave.training import objective, sharded
 from loraweave.training.standards import MEASURED_BATCHES, measure
 
 
@@ -38,6 +38,10 @@ class GateTrainer(Trainer):
         LoraweaveError: the policy has no gates to train, or the mixture is folded.
     """
 
+    is_fsdp_enabled: bool
+    model: Any
+    optimizer: Any
+
     def __init__(
         self, mixture: Mixture, args: TrainingArguments, *, balance: float | None = None, **options: Any
     ) -> None:
@@ -56,6 +60,10 @@ class GateTrainer(Trainer):
             super().__init__(model=mixture.model, args=args, **options)
         if _ignores_items(mixture.model):
             self.model_accepts_loss_kwargs = False
+        self._to_measure = False
+        if self.is_fsdp_enabled:
+            sharded.keep_whole(self.accelerator, mixture.gates.values())
+            self.add_callback(sharded.OnceSharded(self._measure))
 
     def compute_loss(
         self,
@@ -84,9 +92,30 @@ class GateTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any) -> Any:
         """As in :class:`transformers.Trainer`; gates that read standard scores first measure what they read."""
-        if not resume_from_checkpoint:
-            measure(self.mixture, self._measured, self.accelerator)
+        self._to_measure = not resume_from_checkpoint
+        if not self.is_fsdp_enabled:  # else once the base is sharded, which as a whole may fit no device
+            self._measure()
         return super().train(resume_from_checkpoint, *args, **options)
+
+    def training_step(self, *args: Any, **options: Any) -> Tensor:
+        """As in :class:`transformers.Trainer`; FSDP leaves the gates to us, so we average their gradients."""
+        loss: Tensor = super().training_step(*args, **options)
+        if self.is_fsdp_enabled and self.accelerator.sync_gradients:
+            sharded.average_gradients(self.accelerator, (p for _, p in self.mixture.gate_parameters()))
+        return loss
+
+    def evaluation_loop(self, *args: Any, **options: Any) -> Any:
+        """As in :class:`transformers.Trainer`; FSDP2 shards a model beside its optimizer only, so it gets one."""
+        if self.is_fsdp_enabled and not self.accelerator._models:
+            self.create_optimizer()
+            self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+            self.model_wrapped = self.model
+        return super().evaluation_loop(*args, **options)
+
+    def _measure(self) -> None:
+        if self._to_measure:
+            self._to_measure = False
+            measure(self.mixture, self._measured, self.accelerator)
 
     def _measured(self) -> None:
         was_training = self.model.training
@@ -116,6 +145,28 @@ class GateTrainer(Trainer):
             logs |= {name: round(float(value), 6) for name, value in self._seen.items()}
             logs |= gate_statistics(self.mixture)
         super().log(logs, start_time)
+
+    @contextmanager
+    def _as_whole(self) -> Iterator[None]:
+        """Gates and their optimizer's state are whole on every process: checkpoints are those of one process."""
+        before, self.is_fsdp_enabled = self.is_fsdp_enabled, False
+        try:
+            yield
+        finally:
+            self.is_fsdp_enabled = before
+
+    def save_model(self, *args: Any, **options: Any) -> None:
+        """Write the mixture: gates, not the model."""
+        with self._as_whole():
+            super().save_model(*args, **options)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with self._as_whole():
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with self._as_whole():
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
         if self.args.should_save:

@@ -169,6 +169,14 @@ def test_gates_first_measure_what_they_read(taught: Any, attach: Any, monkeypatc
     assert not seen
 
 
+def test_fsdp_is_refused(taught: Any, attach: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, files = taught("sd15")
+    mixture = attach(pipe, files, lw.MoLE())
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(lw.LoraweaveError, match="train_images: expected one process or DDP, got FSDP"):
+        lessons.train(mixture)
+
+
 def test_bad_input_is_one_line(taught: Any, attach: Any, tmp_path: Path) -> None:
     pipe, files = taught("sd15")
     mixture = attach(pipe, files, lw.MoLE())

@@ -79,6 +79,10 @@ def train_images(
         LoraweaveError: nothing to train, bad data or options, a pipeline that is not supported, or a checkpoint of
             another run.
     """
+    from accelerate.utils import parse_flag_from_env
+
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise LoraweaveError("train_images: expected one process or DDP, got FSDP; launch it without fsdp_config")
     pipe = _checked(mixture, steps=steps, batch_size=batch_size, save_every=save_every, sample_every=sample_every)
     if learning_rate is not None and not learning_rate > 0:
         raise LoraweaveError(f"learning_rate: expected a number above 0, got {learning_rate}")
