@@ -56,7 +56,10 @@ def test_the_expert_whose_picture_it_is_gains_weight(
 
 
 @pytest.mark.parametrize("mine", ["hero", "coat"])
-def test_the_expert_whose_pictures_are_shown_gains_weight(mine: str, taught: Any, attach: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("standardize", [True, False])
+def test_the_expert_whose_pictures_are_shown_gains_weight(
+    standardize: bool, mine: str, taught: Any, attach: Any, tmp_path: Path
+) -> None:
     """Each expert is the one that removes noise from its own picture best."""
     pipe = copy.deepcopy(taught("sd15")[0])
     pipe.vae.register_to_config(scaling_factor=6.0)  # else this random VAE's latents are lost in the noise
@@ -65,12 +68,16 @@ def test_the_expert_whose_pictures_are_shown_gains_weight(mine: str, taught: Any
         name: pipes.write(tmp_path / f"{name}.safetensors", lessons.best_last_layer(pipe, picture))
         for name, picture in shown.items()
     }
-    mixture = attach(pipe, files, lw.MoLE(granularity="network"))
+    mixture = attach(pipe, files, lw.MoLE(granularity="network", standardize=standardize))
     pairs = [(shown[mine], "a")]
-    found = lessons.train(mixture, pairs, lw.Denoising(), steps=12, learning_rate=0.1, batch_size=4, balance=0.0)
+    # What is learned does not depend on what is read: of standard scores, which tell pictures of one kind apart, that
+    # is the bias, and the rest is noise.
+    steps, least = (40, 0.7) if standardize else (8, 0.9)
+    rate = None if standardize else 0.1
+    found = lessons.train(mixture, pairs, lw.Denoising(), steps=steps, learning_rate=rate, batch_size=4, balance=0.0)
     loads = [entry[f"load/{mine}"] for entry in found.history]
-    assert loads[0] == pytest.approx(0.5, abs=0.02)
-    assert loads[-1] > 0.9
+    assert loads[0] == pytest.approx(0.5, abs=0.1)
+    assert sum(loads[-4:]) / 4 > least
 
 
 def test_checkpointing_and_no_checkpointing_learn_the_same(taught: Any, attach: Any) -> None:
