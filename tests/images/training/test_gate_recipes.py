@@ -95,6 +95,7 @@ def test_a_recipe_becomes_a_mixture_that_paints(
     assert (told["gated"]["saved"], told["gated"]["scale"]) == ("gated", 1.5)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_command_goes_on_and_leaves_nothing_behind(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,6 +123,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
         lessons.train(mixture, steps=4, output_dir=tmp_path / "cut", resume=True, seed=1)
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("place", ["step", "zero_grad"])
 def test_nothing_is_lost_when_a_step_itself_is_interrupted(
     place: str, taught: Any, attach: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
