@@ -77,6 +77,45 @@ def test_kohya_sd15_with_convolutions(sets: Any, attach: Any, tmp_path: Path) ->
     assert 0.05 < report.text_encoder_share < 0.5
 
 
+@pytest.mark.parametrize("kind", ["LoHa", "LoKr"])
+def test_lycoris_sd15_with_convolutions(kind: str, sets: Any, attach: Any, tmp_path: Path) -> None:
+    """The picture is that of weights changed by the formula itself."""
+    pipe, _, _ = sets("sd15")
+    modules = pipes.targets(pipe, pipes.ATTENTION + pipes.CONVS)
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator) * 0.3
+
+    changed, tensors = copy.deepcopy(pipe), {}
+    for path in modules:
+        part, _, inner = path.partition(".")
+        weight = changed.components[part].get_submodule(inner).weight
+        out, into = weight.flatten(1).shape
+        stem = kohya_sd15(path)
+        if kind == "LoHa":
+            parts = {"hada_w1_a": random(out, 2), "hada_w1_b": random(2, into)}
+            parts |= {"hada_w2_a": random(out, 2), "hada_w2_b": random(2, into)}
+            update = (parts["hada_w1_a"] @ parts["hada_w1_b"]) * (parts["hada_w2_a"] @ parts["hada_w2_b"])
+        else:
+            parts = {"lokr_w1": random(2, 2), "lokr_w2_a": random(out // 2, 2), "lokr_w2_b": random(2, into // 2)}
+            update = torch.kron(parts["lokr_w1"], parts["lokr_w2_a"] @ parts["lokr_w2_b"])
+        tensors |= {f"{stem}.{part}": tensor for part, tensor in parts.items()} | {f"{stem}.alpha": torch.tensor(6.0)}
+        with torch.no_grad():
+            weight += 3.0 * update.view_as(weight)
+    file = tmp_path / "lycoris.safetensors"
+    save_file(tensors, file)
+    told = lw.inspect(file)
+    assert (told.mixable, told.modules, told.scales) == (True, len(modules), {3.0: len(modules)})
+    bare = pipes.latents(pipe)
+    mixture = attach(pipe, {"one": file}, lw.Sum())
+    report = mixture.sources[0].report
+    assert (report.unmatched, report.matched, report.ranks) == ([], len(tensors), told.ranks)
+    mixed = pipes.latents(pipe)
+    assert (mixed - bare).abs().max() > 0.01
+    assert_close(mixed, pipes.latents(changed), **CLOSE)
+
+
 def test_kohya_sdxl_with_both_text_encoders(sets: Any, attach: Any, tmp_path: Path) -> None:
     pipe, _, _ = sets("sdxl")
     modules = pipes.targets(pipe, pipes.ATTENTION)
@@ -272,8 +311,9 @@ REFUSED = {
         "lora_unet_a.lora_down.weight": torch.ones(2, 4), "lora_unet_a.lora_up.weight": torch.ones(4, 2),
         "lora_unet_a.dora_scale": torch.ones(4),
     },
-    "is a LoHa, not a plain LoRA": {"lora_unet_a.hada_w1_a": torch.ones(2, 2)},
-    "is a LoKr, not a plain LoRA": {"lora_unet_a.lokr_w1": torch.ones(2, 2)},
+    "'lora_unet_a' has hada_w1_a; expected hada_w1_a, hada_w1_b": {"lora_unet_a.hada_w1_a": torch.ones(2, 2)},
+    "lokr_w2 is there neither whole nor as two factors": {"lora_unet_a.lokr_w1": torch.ones(2, 2)},
+    "is a OFT, not a plain LoRA": {"lora_unet_a.oft_blocks": torch.ones(2, 2)},
     "nothing in it fits StableDiffusionPipeline; it looks made for Flux":
         named("transformer.single_transformer_blocks.0.attn.to_q", torch.ones(2, 4), torch.ones(4, 2)),
     "NaN or infinite": named(MID + "proj_in", torch.full((2, 16), torch.nan), torch.ones(16, 2)),

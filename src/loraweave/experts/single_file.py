@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from loraweave.errors import LoraweaveError
+from loraweave.experts import lycoris
 from loraweave.experts.checks import value_problem
 from loraweave.experts.config import CONFIG_NAME, AdapterConfig, parse_config
 from loraweave.experts.mapped import open_tensors
@@ -31,7 +32,7 @@ _CONVENTIONS = (
 _DOWN = re.compile(r"(?P<module>.+?)[._](lora_down|lora_A|lora\.down|lora_linear_layer\.down|down)(\.[^.]+)?\.weight$")
 _UP = re.compile(r"(?P<module>.+?)[._](lora_up|lora_B|lora\.up|lora_linear_layer\.up|up)(\.[^.]+)?\.weight$")
 _LYCORIS = {
-    "hada_w": "LoHa", "lokr_w": "LoKr", "oft_": "OFT", "glora": "GLoRA", "diff": "full difference",
+    "oft_": "OFT", "glora": "GLoRA", "diff": "full difference",
     "lora_mid": "LoCon with a third factor (Tucker)",
 }  # fmt: skip
 _TEXT_ENCODER = re.compile(r"lora_te\d?_|text_encoder(_\d)?\.")
@@ -62,10 +63,14 @@ def inspect_file(source: str, path: Path) -> ExpertReport:
     }
     alphas = _alphas(header)
     refused = refusals(header)
+    small = {} if refused else lycoris.modules({key: info.shape for key, info in header.tensors.items()})
     try:
-        scales = _scales(ranks, alphas, configs(header)) if kind in ("kohya", "diffusers") else {}
+        scales = _scales(ranks, alphas, configs(header)) if kind in ("kohya", "diffusers", "lycoris") else {}
     except LoraweaveError as error:
         scales, refused = {}, [*refused, str(error)]
+    ranks |= {module: one.rank for module, one in small.items()}
+    scales |= {module: one.scale(alphas.get(module)) for module, one in small.items()}
+    used = [*down.values(), *up.values(), *(key for one in small.values() for key in one.keys.values())]
     report = ExpertReport(
         source=source,
         format=kind,
@@ -73,15 +78,15 @@ def inspect_file(source: str, path: Path) -> ExpertReport:
         ranks=counted(ranks.values()),
         alphas=counted(alphas.values()),
         scales=counted(scales.values()),
-        targets=counted(_leaf(module) for module in down),
-        modules=len(down),
-        parameters=sum(header.tensors[key].count for key in [*down.values(), *up.values()]),
+        targets=counted(_leaf(module) for module in [*down, *small]),
+        modules=len(down) + len(small),
+        parameters=sum(header.tensors[key].count for key in used),
         dtypes=counted(info.dtype for info in header.tensors.values()),
         size=header.size,
         sha256=hash_files([path]),
         metadata=shortened(header.metadata),
     )
-    text = [key for key in [*down.values(), *up.values()] if _TEXT_ENCODER.match(key)]
+    text = [key for key in used if _TEXT_ENCODER.match(key)]
     report.text_encoder_share = sum(header.tensors[key].count for key in text) / max(report.parameters, 1)
     report.architecture, report.triggers = architecture(header), triggers(header.metadata)
     reasons = {
@@ -89,11 +94,13 @@ def inspect_file(source: str, path: Path) -> ExpertReport:
         "unknown": f"{path}: holds no LoRA that is known here",
     }
     problems = [f"{path}: {reason.removeprefix(f'{path}: ')}" for reason in refused]
-    problems += [f"{path}: {problem}" for problem in _misfits(header, down, up)]
-    problems += _damage(header, [*down.values(), *up.values()])
+    problems += [f"{path}: {problem}" for problem in _misfits(header, down, up, used)]
+    problems += _damage(header, used)
     problems += [f"{path}: alpha of {module!r} is not finite" for module, s in scales.items() if not math.isfinite(s)]
     report.reason = reasons.get(kind) or next(iter(problems), None)
     report.mixable, report.odd = report.reason is None, problems[kind not in reasons :]
+    if small:
+        report.odd.append("LoHa or LoKr modules are read as the LoRAs they equal, whose rank is given")
     if any(scale == 0 for scale in scales.values()):
         report.odd.append("alpha is 0 in some modules: they do nothing")
     wide = [m for m, rank in ranks.items() if m in up and rank > min(_widths(header, down[m], up[m]))]
@@ -113,16 +120,21 @@ def inspect_file(source: str, path: Path) -> ExpertReport:
 def refusals(header: Header) -> list[str]:
     """Why an image LoRA cannot be mixed, as far as its names tell; empty if it can."""
     names = header.tensors
-    reasons = []
+    reasons: list[str] = []
     if any("lora_magnitude_vector" in key or "dora_scale" in key for key in names):
         reasons.append("DoRA is not additive (it rescales the base weight), so it cannot be mixed; train without it")
     if convention(names) == "lycoris":
         kinds = {match[1] for key in names if (match := _CONVENTIONS[0][1].search(key))}
         known = sorted({title for mark, title in _LYCORIS.items() if any(kind.startswith(mark) for kind in kinds)})
-        reasons.append(
-            f"is a {' and '.join(known)}, not a plain LoRA, so it cannot be mixed; convert it to LoRA (LyCORIS "
-            "has tools for that), or train one"
-        )
+        if known:
+            reasons.append(
+                f"is a {' and '.join(known)}, not a plain LoRA, so it cannot be mixed; convert it to LoRA (LyCORIS "
+                "has tools for that), or train one"
+            )
+        try:
+            lycoris.modules({key: info.shape for key, info in names.items()})
+        except LoraweaveError as error:
+            reasons.append(str(error))
     return reasons
 
 
@@ -173,10 +185,10 @@ def _scales(
     return {module: scale_of(module, rank, alphas.get(module), found) for module, rank in ranks.items()}
 
 
-def _misfits(header: Header, down: Mapping[str, str], up: Mapping[str, str]) -> list[str]:
+def _misfits(header: Header, down: Mapping[str, str], up: Mapping[str, str], used: Iterable[str]) -> list[str]:
     """Factors whose shapes or dtypes cannot be mixed."""
     problems = []
-    for key in [*down.values(), *up.values()]:
+    for key in used:
         if header.tensors[key].dtype not in MIXABLE_DTYPES:
             dtype = header.tensors[key].dtype
             problems.append(f"tensor {key!r} has dtype {dtype}; expected one of {', '.join(MIXABLE_DTYPES)}")

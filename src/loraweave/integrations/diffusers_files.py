@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from loraweave.errors import LoraweaveError, LoraweaveWarning
+from loraweave.experts import lycoris
 from loraweave.experts.checks import value_problem
 from loraweave.experts.config import CONFIG_NAME, AdapterConfig
 from loraweave.experts.mapped import open_tensors
@@ -190,25 +191,41 @@ class _Found:
 
 def _loaded(header: Header) -> dict[str, Tensor]:
     """The file's tensors, ready for a converter: in pairs where it insists on that, with their names attached."""
-    kohya = convention(header.tensors) == "kohya"
+    kohya = convention(header.tensors) in ("kohya", "lycoris")
+    small = lycoris.modules({key: info.shape for key, info in header.tensors.items()})
     stems = {key.removesuffix(".lora_down.weight") for key in header.tensors if key.endswith(".lora_down.weight")}
     stems &= {key.removesuffix(".lora_up.weight") for key in header.tensors if key.endswith(".lora_up.weight")}
     stems = {stem for stem in stems if not stem.startswith("lora_te3_")}
-    tensors: dict[str, Tensor] = {}
     get = open_tensors(header)
-    for key, info in header.tensors.items():
-        stem = key.removesuffix(".lora_down.weight").removesuffix(".lora_up.weight").removesuffix(".alpha")
-        if kohya and stem not in stems:
-            continue  # reported as unmatched; converters stumble over half a pair
-        whole = key.endswith(".alpha") and info.dtype in _WHOLE
-        if info.dtype not in MIXABLE_DTYPES and not whole:
+
+    def checked(key: str) -> Tensor:
+        dtype = header.tensors[key].dtype
+        whole = key.endswith(".alpha") and dtype in _WHOLE
+        if dtype not in MIXABLE_DTYPES and not whole:
             raise LoraweaveError(
-                f"{header.path}: tensor {key!r} has dtype {info.dtype}; expected one of {', '.join(MIXABLE_DTYPES)}"
+                f"{header.path}: tensor {key!r} has dtype {dtype}; expected one of {', '.join(MIXABLE_DTYPES)}"
             )
         tensor = get(key).float() if whole else get(key)
         if problem := value_problem(header, key, tensor):
             raise LoraweaveError(problem)
-        tensors[key] = _Traced.of(tensor, key)
+        return tensor
+
+    tensors: dict[str, Tensor] = {}
+    for key in header.tensors:
+        stem = key.removesuffix(".lora_down.weight").removesuffix(".lora_up.weight").removesuffix(".alpha")
+        if not kohya or stem in stems:  # the rest is reported as unmatched; converters stumble over half a pair
+            tensors[key] = _Traced.of(checked(key), key)
+    for module, one in small.items():
+        A, B = one.factors(checked)
+        alpha = f"{module}.alpha"
+        scale = one.scale(float(checked(alpha)) if alpha in header.tensors else None)
+        names = [*one.keys.values(), *([alpha] if alpha in header.tensors else [])]
+        for ending, tensor in (
+            ("lora_down.weight", A),
+            ("lora_up.weight", B),
+            ("alpha", torch.tensor(scale * one.rank)),
+        ):
+            tensors[f"{module}.{ending}"] = _Traced.of(tensor, *names)
     return tensors
 
 
@@ -307,6 +324,8 @@ def _shaped(factors: LoraFactors, module: nn.Module) -> LoraFactors:
     a = factors.A
     if isinstance(module, nn.Conv2d) and a.ndim == 2 and tuple(module.kernel_size) == (1, 1):
         a = a[:, :, None, None]
+    elif isinstance(module, nn.Conv2d) and a.ndim == 2 and module.weight[0].numel() == a.shape[1]:
+        a = a.unflatten(1, tuple(module.weight.shape[1:]))
     elif not isinstance(module, nn.Conv2d) and a.ndim == 4 and a.shape[2:] == (1, 1):
         a = a.flatten(1)
     return replace(factors, A=a)
