@@ -36,7 +36,7 @@ def results(out: Path) -> dict[str, Any]:
 
 def cells(out: Path) -> dict[str, int]:
     """Name -> when it was written."""
-    return {path.name: path.stat().st_mtime_ns for path in (out / CELLS).glob("*.json")}
+    return {path.name: path.stat().st_mtime_ns for path in (out / CELLS).glob("[!.]*.json")}
 
 
 @pytest.fixture(scope="module")
