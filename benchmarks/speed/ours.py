@@ -14,9 +14,9 @@ from speed.models import Bench
 from speed.peers import Contender
 
 
-def attach(bench: Bench, policy: Policy, own_weights: bool = False) -> lw.Mixture:
+def attach(bench: Bench, policy: Policy, own_weights: bool = False, memory: str | None = None) -> lw.Mixture:
     """A mixture of all experts, read from their folders; gates are moved off their start (see :func:`stir`)."""
-    mixture = lw.attach(bench.model(own_weights), dict(bench.experts), policy)
+    mixture = lw.attach(bench.model(own_weights), dict(bench.experts), policy, expert_memory=memory)
     stir(mixture)
     return mixture
 
@@ -33,6 +33,12 @@ def stir(mixture: lw.Mixture, seed: int = 4, spread: float = 0.5) -> None:
 def mixed_by(**options: Any) -> Callable[[Bench], nn.Module]:
     """Builds a MoLE with these options."""
     return lambda bench: attach(bench, lw.MoLE(**options)).model
+
+
+def fetched(memory: str) -> Callable[[Bench], nn.Module]:
+    """Builds the top-2 MoLE whose experts are fetched into this much memory."""
+    policy = lw.MoLE(granularity="block", activation="topk", k=2, pooling="prompt")
+    return lambda bench: attach(bench, policy, memory=memory).model
 
 
 def ungated(bench: Bench) -> nn.Module:
@@ -85,4 +91,10 @@ GATES = (
     Contender("top-1 a prompt", "the prompt chooses one", mixed_by(activation="top1", pooling="prompt")),
     Contender("sigmoid", "independent gates", mixed_by(activation="sigmoid")),
     Contender("one-hot", "constant weights, all but one of them 0", one_hot),
+)
+
+# The same as "mole top-2" with experts that are not all in memory.
+FETCHED = (
+    Contender("top-2, kept", "fetched into 100 MB, where those in use stay", fetched("100MB")),
+    Contender("top-2, fetched", "fetched into 2 MB, where none stays until it is used again", fetched("2MB")),
 )

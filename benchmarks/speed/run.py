@@ -24,14 +24,14 @@ from rich.console import Console
 from speed import memory, report
 from speed.checks import check
 from speed.models import SIZES, Bench, Size, arithmetic, make_bench
-from speed.ours import GATES, OURS
+from speed.ours import FETCHED, GATES, OURS
 from speed.peers import PEERS, Contender
 from speed.rows import ROWS
 from speed.scenarios import SCENARIOS, Scenario
 from speed.timing import interleave
 from speed.training import STEPS
 
-CONTENDERS: dict[str, Contender] = {contender.name: contender for contender in (*PEERS, *OURS, *GATES, *ROWS)}
+CONTENDERS: dict[str, Contender] = {contender.name: contender for contender in (*PEERS, *OURS, *GATES, *FETCHED, *ROWS)}
 IMAGES = "images"
 GROUPS = (*dict.fromkeys(scenario.group for scenario in SCENARIOS.values()), IMAGES)
 MOST_IMAGE_ROUNDS = 3

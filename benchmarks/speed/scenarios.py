@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from speed.models import SIZES, Bench, Models, Size, inputs, token_ids
-from speed.ours import GATES
+from speed.ours import FETCHED, GATES
 from speed.rows import BATCH, ROWS
 from speed.starting import attaching, importing, saving
 from speed.timing import Task
@@ -133,6 +133,12 @@ def _table() -> dict[str, Scenario]:
         *("gates", tokens, "bare", partial(generate, rows=1), ("bare", "floor", "mole block", "mole matrix", *cached)),
         rounds=3,
     )
+    few = ("bare", "mole top-2", *(contender.name for contender in FETCHED))
+    changes = {"experts": 128, "rank": 8, "alpha": 16}
+    table |= {
+        "paging, forward": Scenario("paging", call + ", rank 8", "bare", forward, few, changes, rounds=3),
+        "paging, generate": Scenario("paging", tokens, "bare", partial(generate, rows=1), few, changes, rounds=3),
+    }
     t5 = {"family": "t5", "layers": 6}
     wide = {"width": 2048, "intermediate": 5632, "heads": 16, "layers": 4}
     table |= {

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from loraweave.errors import LoraweaveError, unknown
+from loraweave.experts.paging import ExpertMemory
 from loraweave.experts.resolve import resolve_experts
 from loraweave.experts.types import Expert
 from loraweave.integrations.host import Host, open_host
@@ -39,6 +40,7 @@ def attach(
     policy: Policy | None = None,
     *,
     blocks: Iterable[str] | None = None,
+    expert_memory: int | str | None = None,
 ) -> Mixture:
     """Attach trained LoRAs to a frozen model and mix them.
 
@@ -52,23 +54,34 @@ def attach(
             plain sequence the folders' names are taken. For a pipeline also ``.safetensors`` files as they circulate.
         policy: how to mix; default: ``MoLE()`` with fresh gates, for a pipeline ``Sum()``.
         blocks: class names or module paths to take as blocks, where the model's own division does not suit.
+        expert_memory: how much memory experts may take on the model's device, in bytes or as ``"2GB"``: they are
+            fetched when they are used, and wait in CPU memory otherwise (in their files, if the model itself computes
+            on the CPU; these must stay as they are). Default: all of them stand on the device.
 
     Raises:
-        LoraweaveError: an expert cannot be read or does not fit this model, or something is attached already.
+        LoraweaveError: an expert cannot be read or does not fit this model, something is attached already, or the
+            memory cannot hold even one expert.
     """
     named = None if blocks is None else tuple(blocks)
     host = open_host(model, named)
-    return attach_read(host, resolve_experts(experts, host.read), policy, named)
+    memory = None if expert_memory is None else ExpertMemory(expert_memory)
+    return attach_read(host, resolve_experts(experts, host.read), policy, named, memory)
 
 
-def attach_read(host: Host, experts: list[Expert], policy: Policy | None, blocks: tuple[str, ...] | None) -> Mixture:
+def attach_read(
+    host: Host,
+    experts: list[Expert],
+    policy: Policy | None,
+    blocks: tuple[str, ...] | None,
+    memory: ExpertMemory | None = None,
+) -> Mixture:
     """:func:`attach` experts that are read already; the list is emptied, so that their files can leave memory."""
     if policy is None:
         from loraweave.policies import MoLE, Sum
 
         policy = MoLE() if host.pipeline is None else Sum()
     sources = [dataclasses.replace(expert, factors={}) for expert in experts]
-    mixture = Mixture(host.module, sources, attach_layers(host.module, experts), host.anatomy, policy)
+    mixture = Mixture(host.module, sources, attach_layers(host.module, experts, memory), host.anatomy, policy)
     mixture.blocks, mixture.pipeline = blocks, host.pipeline
     return mixture
 
@@ -150,6 +163,11 @@ class Mixture:
     def kept(self) -> tuple[str, ...]:
         """Names of the experts that are not masked."""
         return tuple(n for i, n in enumerate(self.experts) if self._kept is None or bool(self._kept[i]))
+
+    @property
+    def expert_memory(self) -> ExpertMemory | None:
+        """What the experts take on the model's device, where they are fetched when they are used."""
+        return self._attached().memory
 
     @property
     def folded(self) -> bool:

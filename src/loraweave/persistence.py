@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from loraweave.errors import LoraweaveError, unknown
+from loraweave.experts.paging import ExpertMemory
 from loraweave.experts.resolve import Reader, in_threads, resolve_expert
 from loraweave.experts.types import Expert
 from loraweave.files import atomic_path, replace_folder_atomic, write_json_atomic, write_text_atomic
@@ -99,7 +100,14 @@ def _writable(described: dict[str, Any]) -> dict[str, Any]:
     return described
 
 
-def load(folder: str | Path, model: Any = None, *, allow_changed: bool = False, revision: str | None = None) -> Mixture:
+def load(
+    folder: str | Path,
+    model: Any = None,
+    *,
+    allow_changed: bool = False,
+    revision: str | None = None,
+    expert_memory: int | str | None = None,
+) -> Mixture:
     """Load a saved mixture and attach it.
 
     Args:
@@ -107,6 +115,7 @@ def load(folder: str | Path, model: Any = None, *, allow_changed: bool = False, 
         model: the base model or pipeline; default: loaded from where it came from when the mixture was saved.
         allow_changed: load although an expert's file is not the one the gates were trained with.
         revision: of a hub id.
+        expert_memory: as of :func:`attach`.
 
     Raises:
         LoraweaveError: not a saved mixture, of another format, its gates do not fit, an expert is missing or changed.
@@ -123,7 +132,8 @@ def load(folder: str | Path, model: Any = None, *, allow_changed: bool = False, 
     experts = in_threads(lambda entry: _load_expert(entry, place, allow_changed, host.read), entries)
     if not experts or len({expert.name for expert in experts}) < len(experts):
         raise LoraweaveError(f"{place / MIXTURE}: experts: expected at least one, each name once")
-    mixture = attach_read(host, experts, policy, blocks)
+    memory = None if expert_memory is None else ExpertMemory(expert_memory)
+    mixture = attach_read(host, experts, policy, blocks, memory)
     try:
         load_gates(mixture, place)
     except LoraweaveError:

@@ -252,3 +252,23 @@ def test_methods_for_pipelines_refuse_language_models() -> None:
             lw.attach(model, {"one": expert}, policy)
     with pytest.raises(lw.LoraweaveError, match="expected a torch module or a diffusers pipeline, got str"):
         lw.attach("model", {"one": expert})
+
+
+@pytest.mark.parametrize("kind", ["sd15", "flux"])
+def test_experts_that_are_fetched_when_used(kind: str, sets: Any, attach: Any) -> None:
+    pipe, files, _ = sets(kind)
+    policies = [lw.Switch(every=1), lw.Composite(), lw.Sum(weights={"hero": 0.5, "ink": -0.3}), lw.MoLE(pooling="mean")]
+
+    def painted(**options: Any) -> list[torch.Tensor]:
+        mixture = attach(pipe, files, lw.Sum(), **options)
+        found = []
+        for policy in policies:
+            mixture.policy = policy
+            found.append(pipes.latents(pipe))
+            if options:
+                assert 0 < mixture.expert_memory.held <= mixture.expert_memory.budget
+        mixture.detach()
+        return found
+
+    for got, expected in zip(painted(expert_memory="64KB"), painted(), strict=True):
+        assert_close(got, expected, atol=1e-5, rtol=1e-5)

@@ -95,7 +95,7 @@ def test_only_rank_rows_that_a_row_needs_are_kept() -> None:
         with mixture.rows(rows):
             assert isinstance(layer.rows, RowsTerm)
             assert (layer.rows.own is not None) is own
-            assert (layer.rows.A if layer.rows.own is None else layer.rows.own[0]).shape == shape
+            assert (layer.rows.factors() if layer.rows.own is None else layer.rows.own)[0].shape == shape
     assert layer.rows is None
 
 

@@ -44,10 +44,10 @@ class Layout:
         """``[E, r_max]`` row numbers of each expert and their scales; padding points at row 0 with scale 0."""
         return self._tensors(like)[1:]
 
-    def prepare(self, A: Tensor) -> None:
+    def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
         """Make now what mixing these rows needs: made by a compiled model's first call, the second compiles again."""
-        for dtype in {A.dtype, torch.promote_types(A.dtype, torch.float32)}:
-            self._tensors(torch.empty(0, dtype=dtype, device=A.device))
+        for each in {dtype, torch.promote_types(dtype, torch.float32)}:
+            self._tensors(torch.empty(0, dtype=each, device=device))
 
     def _tensors(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         key = (like.device, like.dtype)
@@ -96,6 +96,13 @@ class Extent(NamedTuple):
         return cls(f.rank, float(f.scale), tuple(f.A.shape[1:]), f.B.shape[0], f.embedding)
 
 
+def arrange(extents: Sequence[Extent | None]) -> tuple[Layout, Extent]:
+    """How these LoRAs of one module lie below one another, and one of them, whose widths are everybody's."""
+    ranks = tuple(0 if extent is None else extent.rank for extent in extents)
+    scales = tuple(0.0 if extent is None else extent.scale for extent in extents)
+    return layout(ranks, scales), next(extent for extent in extents if extent is not None)
+
+
 class Bank(nn.Module):
     """The experts of one module, stacked in the mixture's order.
 
@@ -129,12 +136,20 @@ class Bank(nn.Module):
     @classmethod
     def room_for(cls, extents: Sequence[Extent | None], dtype: torch.dtype, device: torch.device) -> Bank:
         """A bank of the size that these LoRAs need, whose rows :meth:`put` has yet to write."""
-        first = next(extent for extent in extents if extent is not None)
-        ranks = tuple(0 if extent is None else extent.rank for extent in extents)
-        scales = tuple(0.0 if extent is None else extent.scale for extent in extents)
-        A = torch.empty(sum(ranks), *first.inputs, dtype=dtype, device=device)
-        Bt = torch.empty(sum(ranks), first.outputs, dtype=dtype, device=device)
-        return cls(A, Bt, layout(ranks, scales), first.embedding)
+        rows, first = arrange(extents)
+        A = torch.empty(rows.rows, *first.inputs, dtype=dtype, device=device)
+        Bt = torch.empty(rows.rows, first.outputs, dtype=dtype, device=device)
+        return cls(A, Bt, rows, first.embedding)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the factors are multiplied."""
+        return self.A.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the factors are multiplied."""
+        return self.A.dtype
 
     def put(self, expert: int, f: LoraFactors) -> None:
         """Write the rows of expert number ``expert``."""
@@ -155,6 +170,7 @@ class Bank(nn.Module):
 
         Of a convolution ``[out, in, kh, kw]``.
         """
-        rows = self.layout.row_weights(weights).to(self.A.device).unsqueeze(1)
-        delta = self.Bt.double().T @ (rows * self.A.double().flatten(1))
-        return delta.view(-1, *self.A.shape[1:])
+        A = self.A
+        rows = self.layout.row_weights(weights).to(A.device).unsqueeze(1)
+        delta = self.Bt.double().T @ (rows * A.double().flatten(1))
+        return delta.view(-1, *A.shape[1:])

@@ -12,6 +12,7 @@ from torch import nn
 
 from loraweave.errors import LoraweaveError
 from loraweave.experts.bank import Bank, Extent
+from loraweave.experts.paging import ExpertMemory, PagedBank
 from loraweave.experts.types import Expert, LoraFactors
 from loraweave.mixing.layer import MixingConv, MixingEmbedding, MixingLayer
 
@@ -26,6 +27,7 @@ class Attachment:
     layers: dict[str, MixingLayer]
     replaced: list[tuple[nn.Module, str, nn.Module]]
     frozen: list[nn.Parameter]
+    memory: ExpertMemory | None = None
 
     def detach(self) -> None:
         for parent, name, original in self.replaced:
@@ -34,7 +36,7 @@ class Attachment:
             parameter.requires_grad_(True)
 
 
-def attach_layers(model: nn.Module, experts: list[Expert]) -> Attachment:
+def attach_layers(model: nn.Module, experts: list[Expert], memory: ExpertMemory | None = None) -> Attachment:
     """Replace every module that an expert touches by a mixing layer, and freeze the model.
 
     Nothing is changed unless everything fits.
@@ -43,10 +45,11 @@ def attach_layers(model: nn.Module, experts: list[Expert]) -> Attachment:
         model: the host.
         experts: emptied on the way: an expert that nobody else holds is let go of as soon as its rows are copied, so
             that files mapped into memory do not stay there beside the copy.
+        memory: what they may take on the model's device, if they are not all to stand there.
 
     Raises:
-        LoraweaveError: a mixture or peft adapter is attached already, an expert's module does not exist, or a shape
-            does not fit.
+        LoraweaveError: a mixture or peft adapter is attached already, an expert's module does not exist, a shape does
+            not fit, or the memory cannot hold a single expert.
     """
     _refuse_attached(model)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -62,13 +65,15 @@ def attach_layers(model: nn.Module, experts: list[Expert]) -> Attachment:
     twice = _shared(paths, modules)
     if twice:
         raise LoraweaveError(f"{twice[0]!r} and {twice[1]!r} are one module; the experts must name it alike")
-    layers = {path: _mixing_layer(modules[path], by_path[path], path, model) for path in paths}
+    layers = {path: _mixing_layer(modules[path], by_path[path], path, model, memory) for path in paths}
+    if memory is not None:
+        memory.check([layer.bank for layer in layers.values() if isinstance(layer.bank, PagedBank)])
     _fill({path: layer.bank for path, layer in layers.items()}, experts)
     replaced = _replace(model, {id(layer.base): layer for layer in layers.values()})
     frozen = [p for p in model.parameters() if p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
-    return Attachment(layers, replaced, frozen)
+    return Attachment(layers, replaced, frozen, memory)
 
 
 def features(module: nn.Module) -> tuple[int, int] | None:
@@ -161,7 +166,9 @@ def _shared(paths: Sequence[str], modules: Mapping[str, nn.Module]) -> tuple[str
     return None
 
 
-def _mixing_layer(base: nn.Module, extents: Sequence[Extent | None], path: str, model: nn.Module) -> MixingLayer:
+def _mixing_layer(
+    base: nn.Module, extents: Sequence[Extent | None], path: str, model: nn.Module, memory: ExpertMemory | None
+) -> MixingLayer:
     weight = getattr(base, "weight", None)
     plain = isinstance(weight, torch.Tensor) and weight.dtype in (
         torch.float32,
@@ -174,7 +181,9 @@ def _mixing_layer(base: nn.Module, extents: Sequence[Extent | None], path: str, 
     kind = MixingLayer
     if isinstance(base, nn.Embedding | nn.Conv2d):
         kind = MixingEmbedding if isinstance(base, nn.Embedding) else MixingConv
-    return kind(base, Bank.room_for(extents, dtype, device), path)
+    if memory is None:
+        return kind(base, Bank.room_for(extents, dtype, device), path)
+    return kind(base, PagedBank(extents, dtype, device, path, memory), path)
 
 
 def _device(base: nn.Module, weight: torch.Tensor) -> torch.device:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from loraweave.errors import LoraweaveError
 from loraweave.experts.bank import Bank
+from loraweave.experts.paging import PagedBank
 from loraweave.mixing import numerics
 from loraweave.mixing.rows import RowsTerm
 
@@ -28,6 +29,21 @@ class FixedTerm:
     A: Tensor | None
     Bt: Tensor | None
     w: Tensor | None
+
+
+@dataclass(slots=True)
+class PagedTerm:
+    """The same where experts are fetched when they are used."""
+
+    bank: PagedBank
+    used: tuple[int, ...]
+    w: Tensor | None
+
+    def fetched(self) -> FixedTerm:
+        return FixedTerm(*self.bank.fetch(self.used), self.w)
+
+
+Term = FixedTerm | PagedTerm
 
 
 class MixingLayer(nn.Module):
@@ -50,8 +66,8 @@ class MixingLayer(nn.Module):
         self.bank = bank
         self.path = path
         self.site: Site | None = None
-        self.fixed: FixedTerm | None = None
-        self.copies: tuple[FixedTerm, ...] | None = None
+        self.fixed: Term | None = None
+        self.copies: tuple[Term, ...] | None = None
         self.rows: RowsTerm | None = None
         self._constant: Tensor | None = None
         self._of_copies: tuple[Tensor, ...] | None = None
@@ -65,18 +81,29 @@ class MixingLayer(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = self._modules["base"](x, *args, **kwargs)  # type: ignore[misc]
+        if isinstance(self._modules["bank"], PagedBank):
+            fetched: Tensor = self._mixed_untraced(x, y)
+            return fetched
+        return self._mixed(x, y)
+
+    def _mixed(self, x: Tensor, y: Tensor) -> Tensor:
         if self.rows is not None:
             return self.rows.add(self, x, y)
         if self.copies is not None:
             return self._copied(x, y, self.copies)
         return self._gated(x, y) if self.fixed is None else self._add(x, y, self.fixed)
 
-    def _add(self, x: Tensor, y: Tensor, term: FixedTerm) -> Tensor:
+    # What has to be fetched is known when the gate has spoken, and no sooner.
+    _mixed_untraced = torch.compiler.disable(_mixed)
+
+    def _add(self, x: Tensor, y: Tensor, term: Term) -> Tensor:
+        if isinstance(term, PagedTerm):
+            term = term.fetched()
         if term.A is None or term.Bt is None:
             return y
         return self.expand(self.shrink(x, term.A), term.w, term.Bt, y)
 
-    def _copied(self, x: Tensor, y: Tensor, terms: tuple[FixedTerm, ...]) -> Tensor:
+    def _copied(self, x: Tensor, y: Tensor, terms: tuple[Term, ...]) -> Tensor:
         rows = x.shape[0] // len(terms)
         if rows * len(terms) != x.shape[0]:
             raise LoraweaveError(
@@ -97,6 +124,12 @@ class MixingLayer(nn.Module):
         if site.leader is self and not site.driven and not site.plan.ahead:
             a = self.shrink(x, bank.A) if site.reads_ranks else None
             site.decide(x, a, y)
+        if isinstance(bank, PagedBank):
+            A, Bt = bank.fetch(site.used())
+            if len(A) == 0:
+                return y
+            a = self.shrink(x, A)
+            return self.expand(a, site.row_weights(bank, a), Bt, y)
         rows = site.few_rows(bank, x)
         if rows is not None:
             return numerics.low_rank_rows(x, *rows, y)
@@ -129,20 +162,24 @@ class MixingLayer(nn.Module):
         """Give each row of the batch its own ``g``, ``[rows, E]``, whatever the policy says; ``None``: no more."""
         self.rows = None if weights is None else RowsTerm(self.bank, weights, type(self) is MixingLayer)
 
-    def _fixed_term(self, weights: Tensor) -> FixedTerm:
+    def _fixed_term(self, weights: Tensor) -> Term:
         bank: Bank = self.bank
         starts, ranks = bank.layout.offsets, bank.layout.ranks
         spans = [(starts[i], starts[i] + ranks[i]) for i in range(len(ranks)) if ranks[i] and weights[i] != 0]
         if not spans:
             return FixedTerm(None, None, None)
         rank_weights = bank.layout.row_weights(weights)
+        if isinstance(bank, PagedBank):
+            used = tuple(i for i in range(len(ranks)) if ranks[i] and weights[i] != 0)
+            w = torch.cat([rank_weights[start:stop] for start, stop in spans])
+            return PagedTerm(bank, used, None if bool((w == 1).all()) else w.to(bank.device, bank.dtype))
         first, last = spans[0][0], spans[-1][1]
         if sum(stop - start for start, stop in spans) == last - first:
             A, Bt, w = bank.A[first:last], bank.Bt[first:last], rank_weights[first:last]
         else:
             rows = torch.cat([torch.arange(*span) for span in spans])
             A, Bt, w = bank.A[rows.to(bank.A.device)], bank.Bt[rows.to(bank.A.device)], rank_weights[rows]
-        return FixedTerm(A, Bt, None if bool((w == 1).all()) else w.to(bank.A))
+        return FixedTerm(A, Bt, None if bool((w == 1).all()) else w.to(A))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MixingLayer:
         super()._apply(fn, recurse)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from loraweave.errors import LoraweaveError
+from loraweave.experts.paging import PagedBank
 from loraweave.mixing import numerics
 
 if TYPE_CHECKING:
@@ -40,18 +42,17 @@ class RowsTerm:
         shared = w.any(0).nonzero().flatten()
         most = max(len(needed) for needed in each)
         self.idle = most == 0
-        self.most_dense = _READING * most // (len(shared) - most) if matrix and most < len(shared) else None
+        apart = matrix and most < len(shared) and not isinstance(bank, PagedBank)
+        self.most_dense = _READING * most // (len(shared) - most) if apart else None
         self.own: tuple[Tensor, Tensor, Tensor] | None = None
         with torch.inference_mode(False):
-            self.w = w[:, shared].to(bank.A)
-            here = shared.to(bank.A.device)
-            every = len(shared) == len(bank.A)
-            self.A, self.Bt = (bank.A, bank.Bt) if every else (bank.A[here], bank.Bt[here])
+            self.w = w[:, shared].to(bank.device, bank.dtype)
+            self.factors = _fetching(bank, shared) if isinstance(bank, PagedBank) else _standing(bank, shared)
             if self.most_dense is not None:
                 picked = torch.stack([torch.cat([n, n.new_zeros(most - len(n))]) for n in each])
                 spare = torch.arange(most) >= torch.tensor([[len(needed)] for needed in each])
-                weights_of_own = w.gather(1, picked).masked_fill(spare, 0.0).unsqueeze(1).to(bank.A)
-                picked = picked.to(bank.A.device)
+                weights_of_own = w.gather(1, picked).masked_fill(spare, 0.0).unsqueeze(1).to(self.w)
+                picked = picked.to(bank.device)
                 self.own = bank.A[picked], weights_of_own, bank.Bt[picked]
 
     def add(self, layer: MixingLayer, x: Tensor, y: Tensor) -> Tensor:
@@ -69,12 +70,31 @@ class RowsTerm:
         if self.idle:
             return y
         if not self.matrix:
-            a = layer.shrink(x, self.A)
+            A, Bt = self.factors()
+            a = layer.shrink(x, A)
             w = self.w.repeat_interleave(x.shape[0] // rows, 0)
-            return layer.expand(a, w[:, :, None, None] if a.ndim == 4 else w.unsqueeze(1), self.Bt, y)
+            return layer.expand(a, w[:, :, None, None] if a.ndim == 4 else w.unsqueeze(1), Bt, y)
         split = x.reshape(rows, -1, x.shape[-1])
         if self.own is None or self.most_dense is None or split.shape[1] <= self.most_dense:
-            a = numerics.shrink(split, self.A)
-            return numerics.expand(a * self.w.unsqueeze(1).to(a.dtype), None, self.Bt, y)
+            A, Bt = self.factors()
+            a = numerics.shrink(split, A)
+            return numerics.expand(a * self.w.unsqueeze(1).to(a.dtype), None, Bt, y)
         out = y.reshape(rows, -1, y.shape[-1])
         return numerics.low_rank_rows(split, *self.own, out).view(y.shape)
+
+
+def _standing(bank: Bank, rows: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+    """``A`` and ``Bt`` of these rank rows, copied now if they are not all there are."""
+    if len(rows) == bank.layout.rows:
+        factors = bank.A, bank.Bt
+    else:
+        here = rows.to(bank.device)
+        factors = bank.A[here], bank.Bt[here]
+    return lambda: factors
+
+
+def _fetching(bank: PagedBank, rows: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+    """The same, fetched at each call."""
+    owners = torch.arange(len(bank.layout.ranks)).repeat_interleave(torch.tensor(bank.layout.ranks))
+    experts = owners[rows].unique().tolist()
+    return lambda: bank.fetch(experts)

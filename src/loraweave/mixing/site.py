@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from loraweave.errors import LoraweaveError
 from loraweave.experts.bank import Bank, Layout
+from loraweave.experts.paging import PagedBank
 from loraweave.mixing.layer import MixingLayer
 from loraweave.mixing.stream import Stream
 from loraweave.mixing.types import Evidence, Granularity, SitePlan, Weights
@@ -94,6 +95,7 @@ class Site:
         self.observers: list[Callable[[Site], None]] = []
         self._row_weights: dict[tuple[Layout, torch.device], Tensor] = {}
         self._picked: dict[tuple[Layout, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._in_use: tuple[Weights, tuple[int, ...]] | None = None
         self._fetched: dict[Bank, tuple[Tensor, Tensor]] | None = None
         self._tokens = 1
         self._read: tuple[weakref.ref[Tensor], int] | None = None
@@ -105,6 +107,7 @@ class Site:
             "observers": [],
             "_row_weights": {},
             "_picked": {},
+            "_in_use": None,
             "_fetched": None,
             "_read": None,
         }
@@ -113,7 +116,7 @@ class Site:
         """Take over the layers: from here on they ask this site for their weights."""
         for layer in self.layers:
             layer.site = self
-            layer.bank.layout.prepare(layer.bank.A)
+            layer.bank.layout.prepare(layer.bank.dtype, layer.bank.device)
         if self.gate is not None:
             self.leader.add_module("gate", self.gate.train(self.leader.training))
             if self.plan.ahead:
@@ -167,7 +170,7 @@ class Site:
             )
         if self._read is not None and self._read[0]() is states and self._read[1] == self._version():
             return
-        here = states.to(self.leader.bank.A.device)
+        here = states.to(self.leader.bank.device)
         self._tokens = here.shape[1]
         ranks = self.leader.shrink(here, self.leader.bank.A) if self.reads_ranks else None
         self.set(self.gate(Evidence(here, ranks, self.stream)))
@@ -235,7 +238,7 @@ class Site:
         """Weights of the bank's rank rows, ``[rows or 1, tokens or 1, R]``."""
         if torch.compiler.is_compiling():
             return self._spread(bank)  # the compiler sees by itself what repeats
-        key = bank.layout, bank.A.device  # a site may span devices
+        key = self._layout(bank), bank.device  # a site may span devices
         w = self._row_weights.get(key)
         if w is None:
             w = self._row_weights[key] = self._spread(bank)
@@ -243,8 +246,19 @@ class Site:
 
     def _spread(self, bank: Bank) -> Tensor:
         dense = self._weights().dense
-        dense = dense.to(bank.A.device, torch.promote_types(dense.dtype, bank.A.dtype))
-        return dense @ bank.layout.spread(dense)
+        dense = dense.to(bank.device, torch.promote_types(dense.dtype, bank.dtype))
+        return dense @ self._layout(bank).spread(dense)
+
+    def _layout(self, bank: Bank) -> Layout:
+        return bank.layout_of(self.used()) if isinstance(bank, PagedBank) else bank.layout
+
+    def used(self) -> tuple[int, ...]:
+        """The experts to which some token of this pass gives any weight."""
+        weights = self._weights()
+        if self._in_use is None or self._in_use[0] is not weights:
+            used = weights.dense.detach().flatten(0, -2).any(0).nonzero().flatten()
+            self._in_use = weights, tuple(used.tolist())
+        return self._in_use[1]
 
     def few_rows(self, bank: Bank, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """``A, w, Bt`` of only the experts each batch row uses, where fetching them is cheaper than computing all."""
@@ -270,7 +284,7 @@ class Site:
 
     def _picked_rows(self, bank: Bank) -> tuple[Tensor, Tensor]:
         """Which rank rows each batch row uses, ``[rows, S]``, and their weights, ``[rows, tokens or 1, S]``."""
-        key = bank.layout, bank.A.device, bank.A.dtype
+        key = bank.layout, bank.device, bank.dtype
         compiling = torch.compiler.is_compiling()
         found = None if compiling else self._picked.get(key)
         if found is None:
@@ -278,7 +292,7 @@ class Site:
             assert weights.index is not None
             assert weights.values is not None
             rows, scales = bank.layout.padded_rows(bank.A)
-            index, values = weights.index[:, 0].to(rows.device), weights.values.to(rows.device, bank.A.dtype)
+            index, values = weights.index[:, 0].to(rows.device), weights.values.to(rows.device, bank.dtype)
             w = (scales[index].unsqueeze(1) * values.unsqueeze(-1)).flatten(2)
             found = rows[index].flatten(1), w
             if not (

@@ -77,7 +77,7 @@ class ArrowRouter(nn.Module):
             f = bank.factors(i)
             if f is not None:
                 directions[start : start + f.rank, i] = direction(f).cpu()
-        device = bank.A.device
+        device = bank.device
         self.register_buffer("directions", directions.to(device), persistent=False)
         absent = torch.tensor([rank == 0 for rank in bank.layout.ranks], device=device)
         self.register_buffer("absent", absent, persistent=False)

@@ -72,8 +72,7 @@ class StaticGate(nn.Module):
         self.normalized = softmax
         # A few dozen steps must be able to carry a weight from 1/N to nearly 1.
         self.suggested_learning_rate = 0.1 if softmax else 0.03
-        A = site.bank.A
-        self.w = nn.Parameter(torch.full((len(site.experts),), start, device=A.device, dtype=torch.float32))
+        self.w = nn.Parameter(torch.full((len(site.experts),), start, device=site.bank.device, dtype=torch.float32))
         self.kept: Tensor | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StaticGate:

@@ -84,8 +84,8 @@ class LogoRouter(nn.Module):
         bank: Bank = site.bank
         ranks = torch.tensor(bank.layout.ranks)
         owner = torch.eye(len(ranks)).repeat_interleave(ranks, dim=1)
-        scales = bank.layout.row_weights(torch.ones(len(ranks))).to(bank.Bt.device)
-        device = bank.Bt.device
+        scales = bank.layout.row_weights(torch.ones(len(ranks))).to(bank.device)
+        device = bank.device
         self.register_buffer("B", (scales.unsqueeze(1) * bank.Bt.double()).float(), persistent=False)
         self.register_buffer("owner", owner.to(device), persistent=False)
         self.register_buffer("absent", (ranks == 0).to(device), persistent=False)

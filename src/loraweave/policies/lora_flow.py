@@ -57,7 +57,7 @@ class FlowGate(nn.Module):
     def __init__(self, site: SitePlan) -> None:
         super().__init__()
         width, experts = site.features[1 if site.bank.embedding else 0], len(site.experts)
-        device = site.bank.A.device
+        device = site.bank.device
         self.W = nn.Parameter(torch.zeros(experts, width, device=device, dtype=torch.float32))
         self.b = nn.Parameter(torch.zeros(experts, device=device, dtype=torch.float32))
         self.kept: Tensor | None = None

@@ -75,13 +75,13 @@ class RankReader(nn.Module):
         self.register_buffer("root", torch.block_diag(*(f.scale * symmetric_root(f.B) for f in present)), False)
         self.register_buffer("ones", torch.cat([f.scale * f.B.float().sum(0) for f in present]), False)
         if full:
-            padded = torch.zeros(len(experts), max(layout.ranks), width, device=bank.Bt.device, dtype=torch.float32)
+            padded = torch.zeros(len(experts), max(layout.ranks), width, device=bank.device, dtype=torch.float32)
             for i, f in enumerate(experts):
                 if f is not None:
                     padded[i, : f.rank] = f.scale * f.B.T.float()
             rows = [i * max(layout.ranks) + j for i, rank in enumerate(layout.ranks) for j in range(rank)]
             self.register_buffer("B", padded, False)
-            self.register_buffer("picked", torch.tensor(rows, device=bank.Bt.device), False)
+            self.register_buffer("picked", torch.tensor(rows, device=bank.device), False)
 
     def raw(self, evidence: Evidence) -> Tensor:
         assert evidence.ranks is not None

@@ -61,7 +61,7 @@ class MoLEGate(nn.Module):
         self.experts = N = len(site.experts)
         self.reader: WideReader | RankReader = _reader(policy, site)
         length = (cast(int, policy.max_length),) if self.pooling == "flatten" else ()
-        like: dict[str, Any] = {"device": site.bank.A.device, "dtype": torch.float32}
+        like: dict[str, Any] = {"device": site.bank.device, "dtype": torch.float32}
         self.e = nn.Parameter(torch.zeros(*length, *self.reader.shape, N, **like))
         told = isinstance(self.reader, WideReader) or self.reader.full or policy.normalization != "layer"
         self.columns = None if told else nn.Parameter(torch.zeros(N, **like))

@@ -42,7 +42,7 @@ def added(layer: MixingLayer, weights: Tensor) -> LoraFactors:
     """One module's ``sum_i w_i A_i`` and ``sum_i w_i B_i``, in float64 and rounded once; ``weights``: ``[E]``."""
     bank = layer.bank
     experts, rank = len(bank.layout.ranks), bank.layout.ranks[0]
-    w = weights.double().to(bank.A.device).view(-1, 1, 1)
+    w = weights.double().to(bank.device).view(-1, 1, 1)
     A = (w * bank.A.double().view(experts, rank, -1)).sum(0)
     Bt = (w * bank.Bt.double().view(experts, rank, -1)).sum(0)
     return LoraFactors(A.to(bank.A.dtype), Bt.T.to(bank.Bt.dtype), bank.layout.scales[0], bank.embedding)

@@ -74,7 +74,7 @@ def one_expert(layers: Mapping[str, MixingLayer], weights: Mapping[str, Tensor],
     factors = {}
     for path, layer in layers.items():
         bank = layer.bank
-        rows = bank.layout.row_weights(weights[path]).to(bank.A.device)
+        rows = bank.layout.row_weights(weights[path]).to(bank.device)
         used = rows.nonzero().squeeze(1)
         if len(used):
             scales = rows[used].view(-1, *[1] * (bank.A.ndim - 1))
