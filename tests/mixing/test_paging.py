@@ -106,6 +106,8 @@ def test_gradients_and_checkpointing(pairs: Any) -> None:
     for mixture in pairs("llama"):
         mixture.policy = lw.MoLE(activation="topk", k=2, pooling="mean")
         tiny.randomize(mixture)
+        with torch.inference_mode():
+            mixture.model(**tiny.batch("llama"))
         mixture.model.train()
         for checkpointed in (False, True):
             if checkpointed:

@@ -80,7 +80,8 @@ class ExpertMemory:
             self._make_room(together + copied)
             self.hits += sum(page is not None for page in pages)
             self.misses += sum(page is None for page in pages)
-            fetched = [bank.read([n]) if page is None else page for n, page in zip(experts, pages, strict=True)]
+            with torch.inference_mode(False):  # what is first needed there must serve training later
+                fetched = [bank.read([n]) if page is None else page for n, page in zip(experts, pages, strict=True)]
             for number, page in zip(experts, fetched, strict=True):
                 self._pages[bank, number] = page
             self._held += together

@@ -295,7 +295,12 @@ class MoLEGate(nn.Module):
         if self.policy.activation == "topk":
             best, index = logits.topk(min(self.policy.k, kept), dim=-1)
             values = total * best.softmax(-1)
-            return Weights(torch.zeros_like(logits).scatter(-1, index, values), index, values)
+            hard = torch.zeros_like(logits).scatter(-1, index, values)
+            if torch.is_grad_enabled() and logits.requires_grad:
+                # Who was not chosen must be heard, too: the first choice is a tie, and would stay for ever.
+                p = total * logits.softmax(-1)
+                return Weights(hard.detach() + p - p.detach())
+            return Weights(hard, index, values)
         p = logits.softmax(-1)
         if self.policy.activation == "softmax":
             return Weights(total * p)
