@@ -166,20 +166,26 @@ def test_the_symmetric_root() -> None:
     assert_close(symmetric_root(turned) @ symmetric_root(turned), turned.T @ turned, atol=1e-5, rtol=1e-5)
 
 
-def test_top1_gradient_is_straight_through() -> None:
-    """Forward one-hot, backward the softmax."""
+@pytest.mark.parametrize("hard", [{"activation": "top1"}, {"activation": "topk", "k": 2}])
+def test_hard_choices_learn_straight_through(hard: dict[str, Any]) -> None:
+    """Forward the best alone, backward the softmax over all."""
     mixture, _ = host("llama")
     inputs = tiny.batch("llama", (6,))
     values = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
     grads = []
-    for policy in (lw.MoLE(activation="top1", granularity="network"), lw.MoLE(scale=1.0, granularity="network")):
+    for policy in (lw.MoLE(granularity="network", **hard), lw.MoLE(scale=1.0, granularity="network")):
         mixture.policy = policy
         tiny.randomize(mixture)
         mixture.model(**inputs)
         site = next(s for s in mixture.sites if s.name == "model.embed_tokens")  # runs before all others
         g = site.current.dense
-        if policy.activation == "top1":
-            assert_close(g.detach(), torch.nn.functional.one_hot(g.argmax(-1), 3).float(), atol=1e-6, rtol=0)
+        if policy.activation != "softmax":
+            assert ((g.detach().abs() > 1e-6).sum(-1) == hard.get("k", 1)).all()
+            assert_close(g.detach().sum(-1), torch.ones(g.shape[:-1]), atol=1e-6, rtol=0)
+            if policy.activation == "topk":
+                with torch.no_grad():
+                    mixture.model(**inputs)
+                assert_close(site.current.dense, g.detach(), atol=1e-6, rtol=0)
         mixture.model.zero_grad(set_to_none=True)
         (g * values).sum().backward()
         grads.append([site.gate.e.grad.clone(), site.gate.log_temperature.grad.clone()])

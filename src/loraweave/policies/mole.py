@@ -41,8 +41,9 @@ class MoLE:
             and ``mix="outputs"``, which stay as published.
         gate_form: ``full`` has the paper's ``[N d, N]`` parameters; ``compact`` expresses the same functions in the
             experts' rank space, ``[R, N]``.
-        activation: ``softmax`` (Eq. 11); ``top1``, one expert at weight 1, trained straight-through; ``topk``, softmax
-            over the ``k`` best; ``sigmoid``, independent gates that start at 0.98.
+        activation: ``softmax`` (Eq. 11); ``top1``, one expert at weight 1; ``topk``, softmax over the ``k`` best;
+            ``sigmoid``, independent gates that start at 0.98. ``top1`` and ``topk`` choose hard and learn
+            straight-through, by the softmax over all, so that experts that are not chosen are heard, too.
         k: how many experts ``topk`` keeps.
         preselect: of many experts, how many a row gets at all. The first gate that reads a row ranks them once, by its
             logits on the pooled prompt (of an encoder: all tokens); the gates behind it then decide among these as
@@ -55,7 +56,9 @@ class MoLE:
         mix: ``deltas`` weighs each module's low-rank term; ``outputs`` runs each block once per expert and weighs the
             changes of the block's output (Eq. 12-13 without adding the residual stream twice; costs N+1 blocks).
         max_length: longest sequence of a ``flatten`` gate.
-        balance: weight ``alpha`` of the balance loss in training (Eq. 16).
+        balance: weight ``alpha`` of the balance loss in training (Eq. 16); ``auto``: 0.1 with up to eight experts, and
+            ``0.1 (8 / N)^2`` with more: the loss sums over N experts, and pushes the logits of one that is needed by
+            ``alpha (N q_i - 1)``, so that a fixed ``alpha`` keeps many experts from being switched off.
     """
 
     granularity: Granularity = "block"
@@ -73,7 +76,7 @@ class MoLE:
     learn_temperature: bool = True
     mix: Literal["deltas", "outputs"] = "deltas"
     max_length: int | None = None
-    balance: float = 0.1
+    balance: float | Literal["auto"] = "auto"
 
     name: ClassVar[str] = "mole"
     source: ClassVar[str] = "https://arxiv.org/abs/2404.13628"
@@ -83,7 +86,8 @@ class MoLE:
             kind = _CHOICES[option]
             checks.choice(self.name, option, getattr(self, option), kind)
         checks.finite(self.name, "temperature", self.temperature, above=0)
-        checks.finite(self.name, "balance", self.balance, above=-1e-30)
+        if self.balance != "auto":
+            checks.finite(self.name, "balance", self.balance, above=-1e-30)
         if self.scale != "experts":
             checks.finite(self.name, "scale", self.scale, above=0)
         if not isinstance(self.k, int) or self.k < 1:
@@ -113,6 +117,10 @@ class MoLE:
         """
         published = {"evidence": "outputs", "normalization": "l2", "gate_form": "full", "scale": 1.0, "balance": 0.5}
         return cls(**{**published, **options})
+
+    def alpha(self, experts: int) -> float:
+        """The weight of the balance loss among so many experts."""
+        return 0.1 * min(1.0, 8 / experts) ** 2 if self.balance == "auto" else self.balance
 
     @property
     def normalized(self) -> bool:

@@ -89,7 +89,7 @@ def train_images(
     if output_dir is None and (resume or sample_every is not None):
         raise LoraweaveError("output_dir: resume and sample_every need a folder; give one")
     folder = None if output_dir is None else make_folder(output_dir)
-    weight = float(getattr(mixture.policy, "balance", 0.0) if balance is None else balance)
+    weight = gates.alpha(mixture, balance)
     rate = learning_rate or default_learning_rate(mixture)
     learned = [p for _, p in mixture.gate_parameters() if p.requires_grad]
     started = time.perf_counter()
