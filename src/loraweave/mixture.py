@@ -70,6 +70,8 @@ def attach_read(host: Host, experts: list[Expert], policy: Policy | None, blocks
     sources = [dataclasses.replace(expert, factors={}) for expert in experts]
     mixture = Mixture(host.module, sources, attach_layers(host.module, experts), host.anatomy, policy)
     mixture.blocks, mixture.pipeline = blocks, host.pipeline
+    if host.watch is not None:
+        mixture._doors += host.watch(mixture)
     return mixture
 
 

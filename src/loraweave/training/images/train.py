@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from loraweave.errors import LoraweaveError, unknown
+from loraweave.errors import LoraweaveError, TriggerWarning, unknown
 from loraweave.experts.triggers import warn_of_triggers
 from loraweave.files import atomic_path, make_folder
 from loraweave.integrations import diffusers_training as runs
@@ -99,7 +100,9 @@ def train_images(
         if accelerator.device.type != "cpu":
             pipe.to(accelerator.device)
         lesson = objective.lesson(mixture, data, accelerator.device)
-        warn_of_triggers(mixture.sources, lesson.prompts)
+        warn_of_triggers(mixture.sources, lesson.prompts, stacklevel=3)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", TriggerWarning)  # said once, of all prompts together
         optimizer = torch.optim.AdamW(learned, lr=rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, _slope(max(1, steps // 20) if warmup_steps is None else warmup_steps, steps)
