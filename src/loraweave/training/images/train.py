@@ -92,6 +92,7 @@ def train_images(
     folder = None if output_dir is None else make_folder(output_dir)
     weight = float(getattr(mixture.policy, "balance", 0.0) if balance is None else balance)
     rate = learning_rate or default_learning_rate(mixture)
+    warmup = max(1, steps // 20) if warmup_steps is None else warmup_steps
     learned = [p for _, p in mixture.gate_parameters() if p.requires_grad]
     started = time.perf_counter()
     with ExitStack() as stack:
@@ -104,12 +105,11 @@ def train_images(
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", TriggerWarning)  # said once, of all prompts together
         optimizer = torch.optim.AdamW(learned, lr=rate, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, _slope(max(1, steps // 20) if warmup_steps is None else warmup_steps, steps)
-        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _slope(warmup, steps))
         prepared = accelerator.prepare(optimizer)
         rows = batch_size * accelerator.num_processes
-        settings = {"steps": steps, "rows": rows, "seed": seed, "learning_rate": rate, "balance": weight}
+        settings: dict[str, Any] = {"steps": steps, "rows": rows, "seed": seed, "learning_rate": rate}
+        settings |= {"balance": weight, "warmup_steps": warmup, **checkpoints.described(objective)}
         settings["prompts"] = hashlib.sha256("\n".join(lesson.prompts).encode()).hexdigest()[:12]
         done = checkpoints.Progress(0, [], 0.0, settings)
         found = checkpoints.read(folder, mixture, settings) if resume and folder is not None else None
