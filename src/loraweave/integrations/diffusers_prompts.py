@@ -70,8 +70,9 @@ def at_work(mixture: Mixture) -> set[str]:
 def _weighed(site: Any, policy: Any) -> Iterator[int]:
     """Numbers of the experts that extend a module of the site and are not off there for ever."""
     weights = site.constant
-    if weights is None and hasattr(site.gate, "constant"):
-        weights = site.gate.constant()  # learned, but of no input
+    if weights is None and hasattr(site.gate, "constant"):  # learned, but of no input
+        offloaded = any(parameter.is_meta for parameter in site.gate.parameters())
+        weights = None if offloaded else site.gate.constant()
     elif weights is None and site.gate is None:
         weights = policy.at(site.plan, None)  # a schedule's value farthest from zero
     elif weights is None and hasattr(policy, "peaks"):

@@ -61,6 +61,8 @@ class MixingLayer(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name.startswith("_"):  # such as the hook by which accelerate knows what it offloads: the base's alone
+                raise
             return getattr(super().__getattr__("base"), name)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -69,7 +71,12 @@ class MixingLayer(nn.Module):
             return self.rows.add(self, x, y)
         if self.copies is not None:
             return self._copied(x, y, self.copies)
-        return self._gated(x, y) if self.fixed is None else self._add(x, y, self.fixed)
+        if self.fixed is None:
+            return self._gated(x, y)
+        A = self.fixed.A
+        if A is not None and A.device != x.device:
+            self._cut_again()
+        return self._add(x, y, self.fixed)
 
     def _add(self, x: Tensor, y: Tensor, term: FixedTerm) -> Tensor:
         if term.A is None or term.Bt is None:
@@ -77,6 +84,9 @@ class MixingLayer(nn.Module):
         return self.expand(self.shrink(x, term.A), term.w, term.Bt, y)
 
     def _copied(self, x: Tensor, y: Tensor, terms: tuple[FixedTerm, ...]) -> Tensor:
+        if self.copies is not None and any(term.A is not None and term.A.device != x.device for term in terms):
+            self._cut_again()
+            terms = self.copies
         rows = x.shape[0] // len(terms)
         if rows * len(terms) != x.shape[0]:
             raise LoraweaveError(
@@ -146,13 +156,17 @@ class MixingLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MixingLayer:
         super()._apply(fn, recurse)
+        self._cut_again()
+        return self
+
+    def _cut_again(self) -> None:
+        """Make anew what is kept of the bank, which has moved: accelerate moves buffers without a word."""
         if self._of_copies is not None:
             self.fix_copies(self._of_copies)
         else:
             self.fix(self._constant)
         if self.rows is not None:
             self.fix_rows(self.rows.weights)
-        return self
 
 
 class MixingEmbedding(MixingLayer):
