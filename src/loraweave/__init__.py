@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from loraweave.errors import LoraweaveError, LoraweaveWarning
+    from loraweave.errors import LoraweaveError, LoraweaveWarning, TriggerWarning
     from loraweave.experts.inspection import ExpertReport, inspect
     from loraweave.experts.reader import read_expert
     from loraweave.experts.types import Expert, LoraFactors
@@ -56,6 +56,7 @@ _HOME = {
     "Sum": "policies",
     "Switch": "policies",
     "TrainingResult": "training.train",
+    "TriggerWarning": "errors",
     "arithmetic": "transforms.merge",
     "attach": "mixture",
     "fuse": "training.fuse",
@@ -92,6 +93,7 @@ __all__ = [
     "Sum",
     "Switch",
     "TrainingResult",
+    "TriggerWarning",
     "__version__",
     "arithmetic",
     "attach",

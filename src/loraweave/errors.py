@@ -20,6 +20,10 @@ class LoraweaveWarning(UserWarning):
     """Something works, but not as the user may think."""
 
 
+class TriggerWarning(LoraweaveWarning):
+    """A prompt has none of the words by which an expert's author calls it up."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> LoraweaveError:
     """The error for a name that nobody knows: it suggests the nearest and lists the (first) known ones.
 

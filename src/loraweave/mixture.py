@@ -83,6 +83,8 @@ def attach_read(
     sources = [dataclasses.replace(expert, factors={}) for expert in experts]
     mixture = Mixture(host.module, sources, attach_layers(host.module, experts, memory), host.anatomy, policy)
     mixture.blocks, mixture.pipeline = blocks, host.pipeline
+    if host.watch is not None:
+        mixture._doors += host.watch(mixture)
     return mixture
 
 

@@ -52,10 +52,10 @@ def clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab={word: n for n, word in enumerate(words)}, merges=[], model_max_length=12)
 
 
-def clip(projection: bool, width: int = 16) -> nn.Module:
+def clip(projection: bool, width: int = 16, **options: Any) -> nn.Module:
     config = CLIPTextConfig(
         hidden_size=width, intermediate_size=24, num_attention_heads=2, num_hidden_layers=2, vocab_size=54,
-        max_position_embeddings=12, bos_token_id=0, eos_token_id=1, pad_token_id=1, projection_dim=width,
+        max_position_embeddings=12, bos_token_id=0, eos_token_id=1, pad_token_id=1, projection_dim=width, **options,
     )  # fmt: skip
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
 
@@ -89,6 +89,12 @@ def make(kind: str) -> Any:
         pipe = StableDiffusionPipeline(
             unet=unet(16), vae=vae(), text_encoder=clip(False), tokenizer=clip_tokenizer(), scheduler=DDIMScheduler(),
             safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
+    elif kind == "sd2":  # OpenCLIP's text encoder, linear projections, velocities
+        pipe = StableDiffusionPipeline(
+            unet=unet(24, use_linear_projection=True), vae=vae(), text_encoder=clip(False, 24, hidden_act="gelu"),
+            tokenizer=clip_tokenizer(), scheduler=DDIMScheduler(prediction_type="v_prediction"), safety_checker=None,
+            feature_extractor=None, requires_safety_checker=False,
         )  # fmt: skip
     elif kind == "sdxl":
         inner = unet(

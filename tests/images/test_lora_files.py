@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pipes
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,80 @@ def test_lycoris_sd15_with_convolutions(kind: str, sets: Any, attach: Any, tmp_p
     assert_close(mixed, pipes.latents(changed), **CLOSE)
 
 
+@pytest.mark.parametrize("flat", [True, False])
+def test_kohya_sd2(flat: bool, sets: Any, attach: Any, tmp_path: Path) -> None:
+    """Older trainers keep the linear projections in and out as 1 x 1 convolutions."""
+    pipe, _, _ = sets("sd2")
+    modules = pipes.targets(pipe, (*pipes.ATTENTION, *pipes.OTHERS, "proj_out", "fc2"))
+    pairs = pipes.factors(modules, 5, 4)
+    save_file(kohya(pairs, kohya_sd15, 2.0), tmp_path / "sd2.safetensors")
+    if flat:
+        report = same_picture(pipe, tmp_path / "sd2.safetensors", attach).sources[0].report
+        assert (report.unmatched, report.modules, report.scales) == ([], len(modules), {0.5: len(modules)})
+        assert 0.05 < report.text_encoder_share < 0.5
+        return
+    squares = {
+        path: (a[:, :, None, None], b[:, :, None, None]) if path.endswith(("proj_in", "proj_out")) else (a, b)
+        for path, (a, b) in pairs.items()
+    }
+    assert any(a.ndim == 4 for a, _ in squares.values())
+    save_file(kohya(squares, kohya_sd15, 2.0), tmp_path / "squares.safetensors")
+    found = []
+    for name in ("sd2", "squares"):
+        mixture = attach(pipe, {"one": tmp_path / f"{name}.safetensors"}, lw.Sum())
+        assert mixture.sources[0].report.unmatched == []
+        found.append(pipes.latents(pipe))
+        mixture.detach()
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("kind", ["sd15", "flux"])
+@pytest.mark.parametrize("form", ["LoCon", "LoHa", "LoKr"])
+def test_names_of_denoisers_that_lycoris_wrapped(form: str, kind: str, sets: Any, attach: Any, tmp_path: Path) -> None:
+    """The picture is that of peft's layers; the alphas in the file count."""
+    pipe, _, _ = sets(kind)
+    part = pipes.denoiser(pipe)
+    modules = {p: m for p, m in pipes.targets(pipe, pipes.ATTENTION + pipes.CONVS).items() if p.startswith(part)}
+    common = {"r": 2, "target_modules": [path.partition(".")[2] for path in modules]}
+    config = {
+        "LoCon": lambda: peft.LoraConfig(lora_alpha=6, init_lora_weights=False, **common),
+        "LoHa": lambda: peft.LoHaConfig(alpha=6, init_weights=False, **common),
+        "LoKr": lambda: peft.LoKrConfig(alpha=6, init_weights=False, **common),
+    }[form]()
+    torch.manual_seed(4)
+    other = copy.deepcopy(pipe)
+    wrapped = peft.get_peft_model(other.components[part].float(), config)
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in wrapped.named_parameters():
+        if match := re.fullmatch(r"base_model\.model\.(.+)\.(hada_\w+|lokr_\w+|lora_[AB])\.default(\.weight)?", name):
+            own = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight"}.get(match[2], match[2])
+            stem = "lycoris_" + match[1].replace(".", "_")
+            tensors |= {f"{stem}.{own}": parameter.detach(), f"{stem}.alpha": torch.tensor(6.0)}
+    if form == "LoKr":  # as LyCORIS has it: where both matrices are whole nothing is divided by the rank
+        for module in wrapped.modules():
+            if getattr(module, "lokr_w2", None):
+                module.scaling["default"] = 1.0
+    file = tmp_path / "lycoris.safetensors"
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
+    setattr(other, part, wrapped.merge_and_unload().double())
+    bare = pipes.latents(pipe)
+    mixture = attach(pipe, {"one": file}, lw.Sum())
+    report = mixture.sources[0].report
+    assert (report.unmatched, report.modules, report.matched) == ([], len(modules), len(tensors))
+    assert (report.scales, report.ranks) == (lw.inspect(file).scales, lw.inspect(file).ranks)
+    mixed = pipes.latents(pipe)
+    assert (mixed - bare).abs().max() > 0.01
+    assert_close(mixed, pipes.latents(other), **CLOSE)
+    mixture.detach()
+    tensors |= {
+        "lycoris_no_such.lora_down.weight": torch.ones(2, 4),
+        "lycoris_no_such.lora_up.weight": torch.ones(4, 2),
+    }
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
+    with pytest.warns(lw.LoraweaveWarning, match=r": 2 of \d+ tensors .*: lycoris_no_such\.lora_down\.weight, lycoris"):
+        attach(pipe, {"one": file}, lw.Sum())
+
+
 def test_kohya_sdxl_with_both_text_encoders(sets: Any, attach: Any, tmp_path: Path) -> None:
     pipe, _, _ = sets("sdxl")
     modules = pipes.targets(pipe, pipes.ATTENTION)
@@ -219,14 +294,18 @@ def test_alpha_in_the_header_of_diffusers(sets: Any, attach: Any, tmp_path: Path
     assert set(mixture.sources[0].report.scales) == {1.0, 2 / 2**0.5}
 
 
-def test_peft_folder_of_one_model(sets: Any, attach: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["LoRA", "LoHa", "LoKr"])
+def test_peft_folder_of_one_model(form: str, sets: Any, attach: Any, tmp_path: Path) -> None:
     pipe, _, _ = sets("sd15")
     unet = copy.deepcopy(pipe.unet).float()
     torch.manual_seed(3)
-    targets = ["to_q", "conv1", "proj_in"]
-    wrapped = peft.get_peft_model(
-        unet, peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, init_lora_weights=False)
-    )
+    common = {"r": 1 if form == "LoKr" else 3, "target_modules": ["to_q", "conv1", "proj_in"]}
+    config = {
+        "LoRA": lambda: peft.LoraConfig(lora_alpha=6, init_lora_weights=False, **common),
+        "LoHa": lambda: peft.LoHaConfig(alpha=6, init_weights=False, **common),
+        "LoKr": lambda: peft.LoKrConfig(alpha=6, init_weights=False, **common),
+    }[form]()
+    wrapped = peft.get_peft_model(unet, config)
     wrapped.save_pretrained(tmp_path)
     mixture = attach(pipe, {"one": tmp_path}, lw.Sum())
     mixed = pipes.latents(pipe)
@@ -234,6 +313,7 @@ def test_peft_folder_of_one_model(sets: Any, attach: Any, tmp_path: Path) -> Non
     other = copy.deepcopy(pipe)
     other.unet = wrapped.merge_and_unload().double()
     assert_close(mixed, pipes.latents(other), **CLOSE)
+    assert (mixed - pipes.latents(pipe)).abs().max() > 0.01
 
 
 def test_a_half_matching_file_warns_with_the_list(sets: Any, attach: Any, tmp_path: Path) -> None:
@@ -313,6 +393,10 @@ REFUSED = {
     },
     "'lora_unet_a' has hada_w1_a; expected hada_w1_a, hada_w1_b": {"lora_unet_a.hada_w1_a": torch.ones(2, 2)},
     "lokr_w2 is there neither whole nor as two factors": {"lora_unet_a.lokr_w1": torch.ones(2, 2)},
+    "is a control LoRA": named("double_blocks.0.img_attn.qkv", torch.ones(2, 16), torch.ones(48, 2))
+        | {"double_blocks.0.img_attn.norm.query_norm.scale": torch.ones(8)},
+    "trained biases beside the LoRA": named(MID + "proj_in", torch.ones(2, 16), torch.ones(16, 2))
+        | {MID + "proj_in.lora_B.bias": torch.ones(16)},
     "is a OFT, not a plain LoRA": {"lora_unet_a.oft_blocks": torch.ones(2, 2)},
     "nothing in it fits StableDiffusionPipeline; it looks made for Flux":
         named("transformer.single_transformer_blocks.0.attn.to_q", torch.ones(2, 4), torch.ones(4, 2)),

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from loraweave import persistence
-from loraweave.errors import LoraweaveError, LoraweaveWarning, unknown
+from loraweave.errors import LoraweaveError, LoraweaveWarning, TriggerWarning, unknown
 from loraweave.evaluation.environment import environment
 from loraweave.experts.triggers import warn_of_triggers
 from loraweave.experts.types import Expert
@@ -66,7 +66,9 @@ def paint(recipe: Recipe, options: argparse.Namespace) -> None:
     def take(label: str) -> None:
         for seed in options.seed:
             began = time.perf_counter()
-            picture = one(pipe, options, seed, label, methods[label].prompt(options.prompt))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", TriggerWarning)  # said before the painting began
+                picture = one(pipe, options, seed, label, methods[label].prompt(options.prompt))
             seconds = time.perf_counter() - began
             name = f"{stems[label]}-{seed}.png"
             pictures[label, seed] = picture

@@ -41,6 +41,14 @@ _HARMLESS_FIELDS = frozenset(
         "runtime_config", "target_modules", "task_type", "use_rslora", "velora_config",
     }
 )  # fmt: skip
+LYCORIS = ("LOHA", "LOKR")
+"""Kinds of adapters that are LoRAs in another form; see :mod:`loraweave.experts.lycoris`."""
+_LYCORIS_FIELDS = frozenset(
+    {
+        "alpha", "decompose_both", "decompose_factor", "init_weights", "module_dropout", "rank_dropout",
+        "rank_dropout_scale", "use_effective_conv2d",
+    }
+)  # fmt: skip
 T = TypeVar("T")
 
 _LITERAL = re.compile(r"\^?(?:\w|\\[.-])+", re.ASCII)
@@ -88,7 +96,8 @@ class AdapterConfig:
         path: the file, for messages.
         fields: everything the file says.
         peft_type: upper case, ``"LORA"`` for a LoRA.
-        rank, alpha: ``None`` where the file has none (other kinds of adapters).
+        rank, alpha: fields ``r`` and ``lora_alpha``, of LoHa and LoKr ``alpha``; ``None`` where the file has none
+            (other kinds of adapters).
         rank_pattern, alpha_pattern: module pattern -> value that differs from the default; first match wins.
         rslora: whether the scale is ``alpha / sqrt(rank)``.
         bias: ``"none"``, ``"all"`` or ``"lora_only"``.
@@ -127,9 +136,9 @@ class AdapterConfig:
 
     def refusals(self) -> list[str]:
         """Why an adapter with this configuration cannot be mixed, each naming its field; empty if it can."""
-        if self.peft_type != "LORA":
-            return [f"field peft_type is {self.peft_type!r}; only LORA adapters can be mixed"]
-        missing = [name for name, value in (("r", self.rank), ("lora_alpha", self.alpha)) if value is None]
+        if self.peft_type not in ("LORA", *LYCORIS):
+            return [f"field peft_type is {self.peft_type!r}; only LORA, LOHA and LOKR adapters can be mixed"]
+        missing = [name for name, value in (("r", self.rank), (_alpha(self.peft_type), self.alpha)) if value is None]
         reasons = [f"field {name} is missing; expected a number" for name in missing]
         reasons += [
             f"field {name} is set: {reason}"
@@ -154,6 +163,7 @@ class AdapterConfig:
     def unknown_fields(self) -> list[str]:
         """Fields that are set and unknown here: a newer PEFT may have meant something by them."""
         known = _HARMLESS_FIELDS | _REFUSED_FIELDS.keys()
+        known = known | _LYCORIS_FIELDS if self.peft_type in LYCORIS else known
         return [name for name, value in self.fields.items() if name not in known and _is_set(value)]
 
 
@@ -190,15 +200,16 @@ def parse_config(path: Path, content: Mapping[str, object]) -> AdapterConfig:
     kind = fields.text("peft_type")
     if kind is None:
         raise LoraweaveError(f"{path}: field peft_type is missing; is this the configuration of a PEFT adapter?")
+    kind = kind.rpartition(".")[2].upper()
     auto_mapping = fields.mapping("auto_mapping")
     base_class = auto_mapping.get("base_model_class")
     rank = fields.number("r")
     return AdapterConfig(
         path=path,
         fields=content,
-        peft_type=kind.rpartition(".")[2].upper(),
+        peft_type=kind,
         rank=None if rank is None else fields.as_rank("r", rank),
-        alpha=fields.number("lora_alpha"),
+        alpha=fields.number(_alpha(kind)),
         rank_pattern=tuple(
             (key, fields.as_rank("rank_pattern", rank)) for key, rank in fields.patterns("rank_pattern")
         ),
@@ -261,6 +272,10 @@ class _Fields:
         if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e9 or value != value:
             raise self._wrong(name, "a finite number", value)
         return value
+
+
+def _alpha(kind: str) -> str:
+    return "alpha" if kind in LYCORIS else "lora_alpha"
 
 
 def _first_match(patterns: tuple[tuple[Pattern, T], ...], module: str, default: T) -> T:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from loraweave.errors import LoraweaveError
+from loraweave.experts import lycoris_folder
 from loraweave.experts.checks import each_tensor, header_problems, sorted_keys, value_problem
-from loraweave.experts.config import CONFIG_NAME, AdapterConfig, read_config
+from loraweave.experts.config import CONFIG_NAME, LYCORIS, AdapterConfig, read_config
 from loraweave.experts.keys import KeyTable
 from loraweave.experts.mapped import open_tensors
 from loraweave.experts.report import ExpertReport, counted, shortened
@@ -64,6 +65,9 @@ def inspect(
         sha256=hash_files([location.weights, location.config]),
         metadata=shortened(header.metadata),
     )
+    if config.peft_type in LYCORIS:
+        lycoris_folder.describe(report, config, header)
+        return report
     try:
         table = sorted_keys(header)
     except LoraweaveError as error:

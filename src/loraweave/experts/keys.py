@@ -95,6 +95,11 @@ def sort_keys(names: Iterable[str]) -> KeyTable:
     return table
 
 
+def module_of(name: str) -> str:
+    """A module's path in the base model, without PEFT's prefix."""
+    return name.removeprefix(_PREFIX)
+
+
 def unpaired(modules: Mapping[str, ModuleKeys]) -> list[str]:
     """A sentence for every module that has one factor only."""
     return [

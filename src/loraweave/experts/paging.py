@@ -76,7 +76,8 @@ class ExpertMemory:
                 page = self._pages.pop((bank, number), None)
                 if page is not None:
                     self._held -= bank.size(number)
-                pages.append(page)
+                moved = page is not None and page[0].device != bank.device  # by accelerate, which does not say so
+                pages.append(None if moved else page)
             self._make_room(together + copied)
             self.hits += sum(page is not None for page in pages)
             self.misses += sum(page is None for page in pages)

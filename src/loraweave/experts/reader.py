@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from loraweave.errors import LoraweaveError, LoraweaveWarning
+from loraweave.experts import lycoris_folder
 from loraweave.experts.checks import header_problems, sorted_keys
-from loraweave.experts.config import AdapterConfig, read_config
+from loraweave.experts.config import LYCORIS, AdapterConfig, read_config
 from loraweave.experts.keys import KeyTable
 from loraweave.experts.mapped import Entry, MappedFactors, MappedFile
 from loraweave.experts.scan import checked_hash
@@ -38,11 +39,14 @@ def read_expert(
 
     Raises:
         LoraweaveError: the files are missing, damaged or pickled; or they hold something that cannot be mixed as
-            ``scale * B A``: DoRA, ``modules_to_save``, biases, another PEFT method; or they contradict each other.
+            ``scale * B A`` (LoRA, LoHa and LoKr can): DoRA, ``modules_to_save``, biases, another PEFT method; or they
+            contradict each other.
     """
     location = locate(source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
     config = read_config(location.config)
     header = read_header(location.weights)
+    if config.peft_type in LYCORIS:
+        return _lycoris(location, config, header, name)
     table = sorted_keys(header)
     for problem in header_problems(config, header, table):
         raise LoraweaveError(problem)
@@ -107,24 +111,39 @@ def _factors(config: AdapterConfig, header: Header, table: KeyTable) -> MappedFa
     return MappedFactors(MappedFile(header), entries)
 
 
+def _lycoris(location: Location, config: AdapterConfig, header: Header, name: str | None) -> Expert:
+    """A LoHa or LoKr as the LoRA it equals."""
+    for problem in lycoris_folder.problems(config, header):
+        raise LoraweaveError(problem)
+    _warn(config, header, KeyTable(), stacklevel=4)
+    return Expert(
+        name=name or location.name,
+        sha256=checked_hash(header, lycoris_folder.tensors(header), location.config),
+        factors=lycoris_folder.factors(config, header),
+        source=location.source,
+        base=config.base,
+        revision=location.revision,
+    )
+
+
 def _names(table: KeyTable) -> frozenset[str]:
     """Names of all factors."""
     return frozenset(str(key) for keys in table.modules.values() for key in (keys.A, keys.B))
 
 
-def _warn(config: AdapterConfig, header: Header, table: KeyTable) -> None:
+def _warn(config: AdapterConfig, header: Header, table: KeyTable, stacklevel: int = 3) -> None:
     if unknown := config.unknown_fields():
         warnings.warn(
             f"{config.path}: unknown fields {', '.join(unknown)} are ignored; a newer PEFT may mean something by them",
             LoraweaveWarning,
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
     if table.copies:
         warnings.warn(
             f"{header.path}: also holds the base's own weights ({', '.join(table.copies)}), which are not "
             "used; if the vocabulary was resized in training, give the base those weights first",
             LoraweaveWarning,
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 

@@ -35,6 +35,8 @@ _LYCORIS = {
     "oft_": "OFT", "glora": "GLoRA", "diff": "full difference",
     "lora_mid": "LoCon with a third factor (Tucker)",
 }  # fmt: skip
+_CONTROL = "query_norm.scale"
+"""What diffusers, too, tells Flux control LoRAs by."""
 _TEXT_ENCODER = re.compile(r"lora_te\d?_|text_encoder(_\d)?\.")
 _ARCHITECTURES = (
     ("Flux", re.compile(r"double_blocks|single_blocks|single_transformer_blocks")),
@@ -123,6 +125,13 @@ def refusals(header: Header) -> list[str]:
     reasons: list[str] = []
     if any("lora_magnitude_vector" in key or "dora_scale" in key for key in names):
         reasons.append("DoRA is not additive (it rescales the base weight), so it cannot be mixed; train without it")
+    if any(key.endswith(_CONTROL) for key in names):
+        reasons.append(
+            "is a control LoRA (Black Forest Labs' own for Flux): it also replaces norms, adds biases and widens the "
+            "input, so it is part of a base, not an expert; take the full control model (FLUX.1 Canny or Depth) as base"
+        )
+    elif any(key.endswith(".lora_B.bias") for key in names):
+        reasons.append("trained biases beside the LoRA cannot be mixed; train with lora_bias=False")
     if convention(names) == "lycoris":
         kinds = {match[1] for key in names if (match := _CONVENTIONS[0][1].search(key))}
         known = sorted({title for mark, title in _LYCORIS.items() if any(kind.startswith(mark) for kind in kinds)})

@@ -139,6 +139,7 @@ def open_pipeline(pipe: Any, blocks: Iterable[str] | None = None) -> Host:
         LoraweaveError: it has no denoiser.
     """
     from loraweave.integrations.diffusers_files import read_expert
+    from loraweave.integrations.diffusers_prompts import PromptWatch
 
     parts = {
         # torch.compile wraps a whole model; experts go into the model itself.
@@ -167,7 +168,13 @@ def open_pipeline(pipe: Any, blocks: Iterable[str] | None = None) -> Host:
         blocks=found,
         staging=staging,
     )
-    return Host(module, anatomy, pipe, partial(read_expert, pipe=pipe, parts=module))
+    return Host(
+        module,
+        anatomy,
+        pipe,
+        partial(read_expert, pipe=pipe, parts=module),
+        lambda mixture: PromptWatch(mixture).open(encoders),
+    )
 
 
 def _stream_of(module: Components, path: str) -> str:

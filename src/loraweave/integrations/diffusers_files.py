@@ -29,6 +29,8 @@ from loraweave.experts.weightfile import MIXABLE_DTYPES, PICKLES, Header, pickle
 _WEIGHTS = "pytorch_lora_weights.safetensors"
 _WHOLE = ("I64", "I32", "I16", "I8", "U8")
 """Dtypes that some trainers keep alphas in."""
+_WRAPPER = "lycoris_"
+"""What names begin with where LyCORIS itself wrapped a denoiser."""
 
 
 def read_expert(source: str | Path, name: str, *, pipe: Any, parts: nn.Module) -> Expert:
@@ -52,7 +54,7 @@ def read_expert(source: str | Path, name: str, *, pipe: Any, parts: nn.Module) -
     for problem in refusals(header):
         raise LoraweaveError(f"{file}: {problem}")
     report = inspect_file(str(source), file)
-    found = _Found.read(header, pipe)
+    found = _Found.read(header, pipe, modules)
     factors, unmatched = _factors(found, header, modules)
     if not factors or _beside_the_denoiser(factors, unmatched):
         raise LoraweaveError(_misfit(file, pipe, report, factors, unmatched, len(header.tensors)))
@@ -154,11 +156,13 @@ class _Found:
     configs: dict[str, AdapterConfig] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, header: Header, pipe: Any) -> _Found:
+    def read(cls, header: Header, pipe: Any, modules: Iterable[str]) -> _Found:
         """Load the factors, with every tensor remembering its name, and let the pipeline's class convert them."""
+        tensors = _loaded(header)
+        if wrapped := {key: tensor for key, tensor in tensors.items() if key.startswith(_WRAPPER)}:
+            return cls.wrapped(wrapped, modules)
         if not hasattr(pipe, "lora_state_dict"):
             raise LoraweaveError(f"{type(pipe).__name__}: diffusers reads no LoRA files for it; use PEFT folders")
-        tensors = _loaded(header)
         options: dict[str, Any] = {"return_alphas": True}
         if getattr(pipe, "unet", None) is not None and hasattr(pipe, "text_encoder_2"):
             options["unet_config"] = pipe.unet.config
@@ -186,6 +190,28 @@ class _Found:
             module = _peft_names([stem])[stem].partition(".lora_A")[0].replace(".processor.", ".")
             found.alphas[module] = float(value)
             found.origins.setdefault(module, set()).add(key)
+        return found
+
+    @classmethod
+    def wrapped(cls, tensors: Mapping[str, Tensor], modules: Iterable[str]) -> _Found:
+        """Names that LyCORIS gave to the parts of a denoiser it wrapped: the path with ``_`` for every dot.
+
+        Only the model itself tells which of them were dots, so this needs no converter.
+        """
+        paths: dict[str, str] = {}
+        for path in modules:
+            inner = path.partition(".")[2]
+            if inner and not is_of_text(path):
+                paths.setdefault(inner.replace(".", "_"), path)
+        found = cls()
+        for key, tensor in tensors.items():
+            stem, _, ending = key.removeprefix(_WRAPPER).partition(".")
+            path, side = paths.get(stem, stem), {"lora_down.weight": "A", "lora_up.weight": "B"}.get(ending)
+            if side is not None:
+                found.sides.setdefault(path, {})[side] = tensor.as_subclass(Tensor)
+            elif ending == "alpha":
+                found.alphas[path] = float(tensor)
+            found.origins.setdefault(path, set()).update(getattr(tensor, "origins", {key}))
         return found
 
 

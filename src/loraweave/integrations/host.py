@@ -6,13 +6,17 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from loraweave.errors import LoraweaveError
 from loraweave.experts.types import Expert
 from loraweave.mixing.anatomy import Anatomy
+
+if TYPE_CHECKING:
+    from loraweave.mixture import Mixture
 
 
 @dataclass(frozen=True)
@@ -24,12 +28,14 @@ class Host:
         anatomy: its streams and blocks.
         pipeline: the diffusers pipeline whose models these are, if it is one.
         read: reads an expert's files for this very pipeline: source, name -> expert; ``None``: PEFT folders alone.
+        watch: hangs hooks of its own in the model once a mixture stands there; they are removed with it.
     """
 
     module: nn.Module
     anatomy: Anatomy
     pipeline: Any = None
     read: Callable[[str | Path, str], Expert] | None = None
+    watch: Callable[[Mixture], list[RemovableHandle]] | None = None
 
 
 def open_host(model: Any, blocks: Iterable[str] | None = None) -> Host:

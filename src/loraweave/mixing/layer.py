@@ -40,10 +40,16 @@ class PagedTerm:
     w: Tensor | None
 
     def fetched(self) -> FixedTerm:
-        return FixedTerm(*self.bank.fetch(self.used), self.w)
+        A, Bt = self.bank.fetch(self.used)
+        return FixedTerm(A, Bt, None if self.w is None else self.w.to(A.device))
 
 
 Term = FixedTerm | PagedTerm
+
+
+def _elsewhere(term: Term, x: Tensor) -> bool:
+    """Whether a layer was moved since its term was cut from the bank, by somebody who did not say so."""
+    return isinstance(term, FixedTerm) and term.A is not None and term.A.device != x.device
 
 
 class MixingLayer(nn.Module):
@@ -77,6 +83,8 @@ class MixingLayer(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name.startswith("_"):  # such as the hook by which accelerate knows what it offloads: the base's alone
+                raise
             return getattr(super().__getattr__("base"), name)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -91,7 +99,11 @@ class MixingLayer(nn.Module):
             return self.rows.add(self, x, y)
         if self.copies is not None:
             return self._copied(x, y, self.copies)
-        return self._gated(x, y) if self.fixed is None else self._add(x, y, self.fixed)
+        if self.fixed is None:
+            return self._gated(x, y)
+        if _elsewhere(self.fixed, x):
+            self._cut_again()
+        return self._add(x, y, self.fixed)
 
     # What has to be fetched is known when the gate has spoken, and no sooner.
     _mixed_untraced = torch.compiler.disable(_mixed)
@@ -104,6 +116,9 @@ class MixingLayer(nn.Module):
         return self.expand(self.shrink(x, term.A), term.w, term.Bt, y)
 
     def _copied(self, x: Tensor, y: Tensor, terms: tuple[Term, ...]) -> Tensor:
+        if self.copies is not None and any(_elsewhere(term, x) for term in terms):
+            self._cut_again()
+            terms = self.copies
         rows = x.shape[0] // len(terms)
         if rows * len(terms) != x.shape[0]:
             raise LoraweaveError(
@@ -183,13 +198,17 @@ class MixingLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MixingLayer:
         super()._apply(fn, recurse)
+        self._cut_again()
+        return self
+
+    def _cut_again(self) -> None:
+        """Make anew what is kept of the bank, which has moved: accelerate moves buffers without a word."""
         if self._of_copies is not None:
             self.fix_copies(self._of_copies)
         else:
             self.fix(self._constant)
         if self.rows is not None:
             self.fix_rows(self.rows.weights)
-        return self
 
 
 class MixingEmbedding(MixingLayer):

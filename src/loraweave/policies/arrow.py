@@ -96,7 +96,8 @@ class ArrowRouter(nn.Module):
         assert evidence.ranks is not None
         with full_precision(evidence.hidden):
             similarity = (evidence.ranks.float() @ self.directions).abs()
-            best, index = similarity.masked_fill(self.closed, -torch.inf).topk(min(self.policy.k, len(self.closed)))
+            open_to = similarity.masked_fill(self.closed.to(similarity.device), -torch.inf)
+            best, index = open_to.topk(min(self.policy.k, len(self.closed)))
             # Where no candidate is left there is nothing to weigh, and the softmax is not a number.
             values = (best / self.policy.temperature).softmax(-1).nan_to_num(0.0)
             return Weights(torch.zeros_like(similarity).scatter(-1, index, values), index, values)

@@ -82,7 +82,8 @@ class StaticGate(nn.Module):
 
     def keep(self, kept: Tensor | None) -> None:
         """Mask experts: ``kept`` is ``[E]`` bool; ``None`` lifts the mask."""
-        self.kept = None if kept is None else kept.to(self.w.device)
+        # Offloaded parameters are nowhere between two calls.
+        self.kept = None if kept is None else kept.to(kept.device if self.w.is_meta else self.w.device)
 
     def forward(self, evidence: Evidence) -> Weights:  # noqa: ARG002
         return Weights(self._weights().view(1, 1, -1))
@@ -92,7 +93,8 @@ class StaticGate(nn.Module):
         return self._weights().detach().double().cpu()
 
     def _weights(self) -> Tensor:
+        kept = None if self.kept is None else self.kept.to(self.w.device)
         if self.normalized:
-            logits = self.w if self.kept is None else self.w.masked_fill(~self.kept, -torch.inf)
+            logits = self.w if kept is None else self.w.masked_fill(~kept, -torch.inf)
             return logits.softmax(-1)
-        return self.w if self.kept is None else self.w * self.kept
+        return self.w if kept is None else self.w * kept

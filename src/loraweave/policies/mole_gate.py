@@ -76,7 +76,7 @@ class MoLEGate(nn.Module):
         self.scale = nn.Parameter(total, requires_grad=policy.learn_scale)
         self.closed: Tensor | None = None
         self.kept = N
-        self._packed: tuple[int, Projection] | None = None
+        self._packed: tuple[tuple[int, torch.device], Projection] | None = None
         self._lasting: tuple[Tensor, Tensor | None, int, Weights] | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoLEGate:
@@ -102,7 +102,8 @@ class MoLEGate(nn.Module):
 
     def keep(self, kept: Tensor | None) -> None:
         """Mask experts: ``kept`` is ``[E]`` bool; ``None`` lifts the mask."""
-        self.closed = None if kept is None else ~kept.to(self.e.device)
+        # Offloaded parameters are nowhere between two calls.
+        self.closed = None if kept is None else ~kept.to(kept.device if self.e.is_meta else self.e.device)
         self.kept = self.experts if kept is None else int(kept.sum())
 
     @property
@@ -175,7 +176,7 @@ class MoLEGate(nn.Module):
             with torch.no_grad():
                 rank = self._prompt_logits(evidence) if logits is None else logits
                 if self.closed is not None:
-                    rank = rank.masked_fill(self.closed, -torch.inf)
+                    rank = rank.masked_fill(self.closed.to(rank.device), -torch.inf)
                 stream.chosen = rank.topk(k, dim=-1).indices
         chosen, rows = stream.chosen, evidence.hidden.shape[0]
         if chosen is None or chosen.shape[0] != rows:
@@ -224,18 +225,19 @@ class MoLEGate(nn.Module):
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.pooling == "flatten":
             self._packed = None
             return self._pack(tokens)
-        version = self._changes()
+        version = self._changes(), self.e.device  # accelerate brings offloaded parameters in for each call
         if self._packed is None or self._packed[0] != version:
             self._packed = version, self._pack(tokens)
         return self._packed[1]
 
     def _pack(self, tokens: int) -> Projection:
         e: Tensor = self.e
-        if self.standard is not None:
-            e = e / self.standard.spread.unsqueeze(-1)
+        center, spread = (None, None) if self.standard is None else self.standard()
+        if spread is not None:
+            e = e / spread.unsqueeze(-1)
         columns = self.reader.columns(e)
         matrix = self.reader.matrix(e[:tokens] if self.pooling == "flatten" else e)
-        offset = None if self.standard is None else self.standard.center @ matrix
+        offset = None if center is None else center @ matrix
         if self.bias is not None:
             offset = (0.0 if offset is None else offset) - self.bias * self.evidence_length
         return Projection(matrix.mT.contiguous(), self.columns if columns is None else columns, offset)
@@ -278,7 +280,7 @@ class MoLEGate(nn.Module):
             logits = logits + SIGMOID_START
         if chosen is None:
             if self.closed is not None:
-                logits = logits.masked_fill(self.closed, -torch.inf)
+                logits = logits.masked_fill(self.closed.to(logits.device), -torch.inf)
             return self._weigh(logits, self.kept)
         few = chosen.expand(-1, logits.shape[1], -1)
         among = self._weigh(logits.gather(-1, few), chosen.shape[-1])

@@ -28,6 +28,10 @@ class Standard(nn.Module):
         self.spread = nn.Parameter(torch.ones(coordinates, **like), requires_grad=False)
         self._sums: Tensor | None = None
 
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Center and spread. Where parameters are offloaded they are only there while a module is called."""
+        return self.center, self.spread
+
     @property
     def measured(self) -> bool:
         """Whether :meth:`finish` has ever been called, here or before the gate was saved."""

@@ -23,6 +23,17 @@ class Folded:
     originals: dict[str, nn.Parameter]
 
     def restore(self) -> None:
+        """Put the originals back.
+
+        Raises:
+            LoraweaveError: the folded weights were offloaded meanwhile, which would bring them back at each call.
+        """
+        for path, weight in self.originals.items():
+            if self.layers[path].base.weight.is_meta and not weight.is_meta:
+                raise LoraweaveError(
+                    f"cannot unfold {path!r}: its weight was offloaded after folding; take the offloading back first, "
+                    "e.g. pipe.remove_all_hooks()"
+                )
         for path, weight in self.originals.items():
             self.layers[path].base.weight = weight
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pipes
+import re
 import signal
 from pathlib import Path
 from typing import Any
 
 import image_lessons as lessons
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -121,6 +124,50 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert all(torch.equal(gate, expected[name]) for name, gate in lessons.gates(mixture).items())
     with pytest.raises(lw.LoraweaveError, match="this run had seed=0, got 1"):
         lessons.train(mixture, steps=4, output_dir=tmp_path / "cut", resume=True, seed=1)
+
+
+def test_a_run_goes_on_under_its_own_objective_alone(taught: Any, attach: Any, tmp_path: Path) -> None:
+    pipe, files = taught("sd15")
+    mixture = attach(pipe, files, lw.MoLE(granularity="network"))
+    boxes = {"coat": (0.0, 0.0, 0.5, 1.0)}
+    first = {"steps": 2, "guidance": 2.0, "boxes": boxes, "concepts": {"hero": [lessons.picture()], "coat": "coat"}}
+    run = {"steps": 1, "output_dir": tmp_path / "run"}
+    lessons.train(mixture, None, lessons.guidance(**first), **run)
+    pictures = [(lessons.picture(), prompt) for prompt in lessons.PROMPTS]
+    assert lessons.train(mixture, None, lessons.guidance(**first), **run, resume=True).steps == 1
+    changed = {
+        "objective.guidance=2.0, got 7.5": {"guidance": 7.5},
+        "objective.guidance=2.0, got None": {"guidance": None},
+        "objective.steps=2, got 3": {"steps": 3},
+        "objective.local_weight=1.0, got 0.5": {"local_weight": 0.5},
+        "objective.global_weight=1.0, got 0": {"global_weight": 0},
+        "objective.crops=2, got 3": {"crops": 3},
+        "objective.when=[0.3, 0.9], got [0.0, 0.9]": {"when": (0.0, 0.9)},
+        "objective.scheduler=None, got 'DDPMScheduler'": {"scheduler": "DDPMScheduler"},
+        "objective.boxes.hero=nothing, got [0.0, 0.0, 0.5, 1.0]": {"boxes": boxes | {"hero": boxes["coat"]}},
+        "objective.boxes.coat=[0.0, 0.0, 0.5, 1.0], got nothing": {"boxes": {}},
+        "objective.concepts.coat='coat', got 'a coat'": {"concepts": first["concepts"] | {"coat": "a coat"}},
+        "objective.concepts.hero=['Image ": {"concepts": first["concepts"] | {"hero": [lessons.picture(1)]}},
+        "objective.call.eta=nothing, got 0.5": {"call": {"eta": 0.5}},
+        "objective.clip='CLIP ": {"clip": lessons.clip(1)},
+    }
+    others: list[tuple[str, Any, Any]] = [
+        (message, None, dataclasses.replace(lessons.guidance(**(first | options)), **clip))
+        for message, options in changed.items()
+        for clip in [{"clip": options.pop("clip")} if "clip" in options else {}]
+    ]
+    others.append(("objective='ClipGuidance', got 'Denoising'", pictures, lw.Denoising()))
+    for message, data, objective in others:
+        with pytest.raises(lw.LoraweaveError, match=re.escape(f"checkpoint-1: this run had {message}")) as caught:
+            lessons.train(mixture, data, objective, **run, resume=True)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(lw.LoraweaveError, match="this run had warmup_steps=1, got 5"):
+        lessons.train(mixture, None, lessons.guidance(**first), **run, warmup_steps=5, resume=True)
+    run["output_dir"] = tmp_path / "denoising"
+    lessons.train(mixture, pictures, lw.Denoising(call={"eta": np.float64(0.5)}), **run)
+    assert lessons.train(mixture, pictures, lw.Denoising(call={"eta": 0.5}), **run, resume=True).steps == 1
+    with pytest.raises(lw.LoraweaveError, match=r"this run had objective\.size=None, got \[8, 8\]"):
+        lessons.train(mixture, pictures, lw.Denoising((8, 8), {"eta": 0.5}), **run, resume=True)
 
 
 @pytest.mark.usefixtures("interruptible")

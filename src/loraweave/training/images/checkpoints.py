@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from loraweave import persistence
 from loraweave.errors import LoraweaveError
 from loraweave.files import replace_folder_atomic
+from loraweave.integrations.clip import Clip
 from loraweave.mixture import Mixture
 
 STATE, KEPT = "state.pt", 2
@@ -78,12 +83,59 @@ def read(folder: Path, mixture: Mixture, settings: dict[str, Any]) -> tuple[dict
         progress = Progress(**state.pop("progress"))
     except Exception as error:
         raise LoraweaveError(f"{place / STATE}: damaged ({str(error)[:80]}); remove this checkpoint") from error
-    for name, value in settings.items():
-        before = progress.settings.get(name)
-        if before != value:
+    for name in dict.fromkeys([*settings, *(progress.settings if settings else ())]):
+        before, now = (_shown(had, name) for had in (progress.settings, settings))
+        if before != now:
             raise LoraweaveError(
-                f"{place}: this run had {name}={before!r}, got {value!r}; go on with the same, or remove "
-                "the folder or name another"
+                f"{place}: this run had {name}={before}, got {now}; go on with the same, or remove the folder or name "
+                "another"
             )
     persistence.load_gates(mixture, place)
     return state, progress
+
+
+def described(objective: Any) -> dict[str, Any]:
+    """An objective's kind and options as plain values that a checkpoint can hold, ``objective.OPTION`` -> value.
+
+    Mappings are told entry by entry. Pictures and models are told by a hash, folders by their names.
+    """
+    told: dict[str, Any] = {"objective": type(objective).__name__}
+    for one in dataclasses.fields(objective):
+        told |= _entries(f"objective.{one.name}", getattr(objective, one.name))
+    return told
+
+
+def _entries(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {name: _plain(value)}
+    return {key: plain for entry, inner in value.items() for key, plain in _entries(f"{name}.{entry}", inner).items()}
+
+
+def _plain(value: Any) -> Any:
+    for kind in (bool, int, float, str):  # numpy's own numbers are some of these, too
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Clip):
+        ends = [value.model.text_projection.weight, value.model.visual_projection.weight]
+        return f"CLIP {_hash(b''.join(map(_bytes, ends)))}"
+    if isinstance(value, Tensor):
+        return f"tensor {_hash(_bytes(value))}"
+    if hasattr(value, "tobytes"):
+        return f"{type(value).__name__} {_hash(value.tobytes())}"
+    return None if value is None else type(value).__name__
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return bytes(tensor.detach().cpu().double().numpy().tobytes())
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]
+
+
+def _shown(settings: Mapping[str, Any], name: str) -> str:
+    return repr(settings[name]) if name in settings else "nothing"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from loraweave.errors import LoraweaveError, unknown
+from loraweave.errors import LoraweaveError, TriggerWarning, unknown
 from loraweave.experts.triggers import warn_of_triggers
 from loraweave.files import atomic_path, make_folder
 from loraweave.integrations import diffusers_training as runs
@@ -91,6 +92,7 @@ def train_images(
     folder = None if output_dir is None else make_folder(output_dir)
     weight = gates.alpha(mixture, balance)
     rate = learning_rate or default_learning_rate(mixture)
+    warmup = max(1, steps // 20) if warmup_steps is None else warmup_steps
     learned = [p for _, p in mixture.gate_parameters() if p.requires_grad]
     started = time.perf_counter()
     with ExitStack() as stack:
@@ -99,14 +101,15 @@ def train_images(
         if accelerator.device.type != "cpu":
             pipe.to(accelerator.device)
         lesson = objective.lesson(mixture, data, accelerator.device)
-        warn_of_triggers(mixture.sources, lesson.prompts)
+        warn_of_triggers(mixture.sources, lesson.prompts, stacklevel=3)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", TriggerWarning)  # said once, of all prompts together
         optimizer = torch.optim.AdamW(learned, lr=rate, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, _slope(max(1, steps // 20) if warmup_steps is None else warmup_steps, steps)
-        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _slope(warmup, steps))
         prepared = accelerator.prepare(optimizer)
         rows = batch_size * accelerator.num_processes
-        settings = {"steps": steps, "rows": rows, "seed": seed, "learning_rate": rate, "balance": weight}
+        settings: dict[str, Any] = {"steps": steps, "rows": rows, "seed": seed, "learning_rate": rate}
+        settings |= {"balance": weight, "warmup_steps": warmup, **checkpoints.described(objective)}
         settings["prompts"] = hashlib.sha256("\n".join(lesson.prompts).encode()).hexdigest()[:12]
         done = checkpoints.Progress(0, [], 0.0, settings)
         found = checkpoints.read(folder, mixture, settings) if resume and folder is not None else None
