@@ -45,8 +45,8 @@ METHODS: dict[str, Any] = {
     "nla": lw.Linear(),
     "switch": lw.Switch(),
     "composite": lw.Composite(),
-    "mole": lw.MoLE(activation="sigmoid"),
-    "mole_softmax": lw.MoLE(),
+    "mole": lw.MoLE(activation="sigmoid", balance=0.1),
+    "mole_softmax": lw.MoLE(balance=0.1),
     "mole_paper": lw.MoLE.paper(),
     "fused": lw.Sum(),
 }

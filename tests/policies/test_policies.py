@@ -93,7 +93,6 @@ def test_weights_are_checked_and_the_old_policy_stays(llama: Mixture, policy: An
         ({"scale": True}, "scale"),
         ({"scale": "expert"}, "scale"),
         ({"balance": -0.1}, "balance"),
-        ({"balance": "some"}, "mole balance: expected a finite number"),
         ({"k": 0}, "k: expected a whole number of at least 1, got 0"),
         ({"k": 1.5}, "k: expected a whole number"),
         ({"pooling": "flatten"}, "max_length: a flatten gate needs the longest sequence"),
@@ -104,12 +103,6 @@ def test_mole_options_are_checked(options: dict[str, Any], message: str) -> None
     with pytest.raises(lw.LoraweaveError, match=message) as error:
         lw.MoLE(**options)
     assert "\n" not in str(error.value)
-
-
-def test_balance_counts_less_among_many() -> None:
-    assert [lw.MoLE().alpha(n) for n in (2, 8, 16, 80)] == pytest.approx([0.1, 0.1, 0.025, 0.001])
-    assert lw.MoLE(balance=0.3).alpha(80) == 0.3
-    assert lw.MoLE.paper().alpha(128) == 0.5
 
 
 def test_paper() -> None:

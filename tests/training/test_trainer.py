@@ -89,7 +89,8 @@ def test_balance_keeps_experts_in_use(tmp_path: Path) -> None:
         run.train()
         loads.append(run.state.log_history[-2]["load/ant"])
     assert loads[0] > 0.45 > loads[1]
-    assert trainer(mixture, tmp_path, []).balance == 0.1, "by default what the policy says"
+    mixture = lessons.mixture("llama", lw.MoLE(balance=0.3))
+    assert trainer(mixture, tmp_path, []).balance == 0.3, "by default what the policy says"
 
 
 def manual_step(architecture: str, batches: list[Any], alpha: float, weights: list[float]) -> dict[str, torch.Tensor]:

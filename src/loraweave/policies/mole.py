@@ -56,9 +56,8 @@ class MoLE:
         mix: ``deltas`` weighs each module's low-rank term; ``outputs`` runs each block once per expert and weighs the
             changes of the block's output (Eq. 12-13 without adding the residual stream twice; costs N+1 blocks).
         max_length: longest sequence of a ``flatten`` gate.
-        balance: weight ``alpha`` of the balance loss in training (Eq. 16); ``auto``: 0.1 with up to eight experts, and
-            ``0.1 (8 / N)^2`` with more: the loss sums over N experts, and pushes the logits of one that is needed by
-            ``alpha (N q_i - 1)``, so that a fixed ``alpha`` keeps many experts from being switched off.
+        balance: weight ``alpha`` of the balance loss in training (Eq. 16). Off by default: it kept experts at work that
+            nothing called for (docs/mole.md); the paper has 0.5.
     """
 
     granularity: Granularity = "block"
@@ -76,7 +75,7 @@ class MoLE:
     learn_temperature: bool = True
     mix: Literal["deltas", "outputs"] = "deltas"
     max_length: int | None = None
-    balance: float | Literal["auto"] = "auto"
+    balance: float = 0.0
 
     name: ClassVar[str] = "mole"
     source: ClassVar[str] = "https://arxiv.org/abs/2404.13628"
@@ -86,8 +85,7 @@ class MoLE:
             kind = _CHOICES[option]
             checks.choice(self.name, option, getattr(self, option), kind)
         checks.finite(self.name, "temperature", self.temperature, above=0)
-        if self.balance != "auto":
-            checks.finite(self.name, "balance", self.balance, above=-1e-30)
+        checks.finite(self.name, "balance", self.balance, above=-1e-30)
         if self.scale != "experts":
             checks.finite(self.name, "scale", self.scale, above=0)
         if not isinstance(self.k, int) or self.k < 1:
@@ -111,16 +109,12 @@ class MoLE:
 
     @classmethod
     def paper(cls, **options: Any) -> MoLE:
-        """The form of the paper: full gates that read the experts' outputs, and more balance.
+        """The form of the paper: full gates that read the experts' outputs, and the balance loss.
 
         Train it with ``**loraweave.training.train.PAPER`` (learning rate 1e-5, 800 steps, batch 12).
         """
         published = {"evidence": "outputs", "normalization": "l2", "gate_form": "full", "scale": 1.0, "balance": 0.5}
         return cls(**{**published, **options})
-
-    def alpha(self, experts: int) -> float:
-        """The weight of the balance loss among so many experts."""
-        return 0.1 * min(1.0, 8 / experts) ** 2 if self.balance == "auto" else self.balance
 
     @property
     def normalized(self) -> bool:

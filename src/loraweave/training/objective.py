@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from loraweave.mixing.numerics import balance_loss
 from loraweave.mixing.site import Site
-
-if TYPE_CHECKING:
-    from loraweave.mixture import Mixture
 
 
 def site_shares(site: Site) -> Tensor:
@@ -23,15 +19,6 @@ def site_shares(site: Site) -> Tensor:
 def balance(sites: Sequence[Site]) -> Tensor:
     """The balance loss of the last pass: ``-log prod_i q_i``, ``q_i`` the mean share of expert i over the sites."""
     return balance_loss(torch.stack([site_shares(site) for site in sites]).mean(0))
-
-
-def alpha(mixture: Mixture, given: float | None) -> float:
-    """What the balance loss weighs (Eq. 16): as given, else as the policy says for so many experts."""
-    if given is not None:
-        return float(given)
-    policy = mixture.policy
-    said = getattr(policy, "alpha", None)
-    return float(getattr(policy, "balance", 0.0) if said is None else said(len(mixture.experts)))
 
 
 def entropy(site: Site) -> Tensor:

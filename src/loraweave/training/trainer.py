@@ -54,7 +54,7 @@ class GateTrainer(Trainer):
         if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise LoraweaveError("gate training needs gradient_checkpointing_kwargs={'use_reentrant': False}")
         self.mixture = mixture
-        self.balance = objective.alpha(mixture, balance)
+        self.balance = float(getattr(mixture.policy, "balance", 0.0) if balance is None else balance)
         self._seen: dict[str, Tensor] = {}
         with _as_adapted(mixture.model):
             super().__init__(model=mixture.model, args=args, **options)

@@ -90,7 +90,7 @@ def train_images(
     if output_dir is None and (resume or sample_every is not None):
         raise LoraweaveError("output_dir: resume and sample_every need a folder; give one")
     folder = None if output_dir is None else make_folder(output_dir)
-    weight = gates.alpha(mixture, balance)
+    weight = float(getattr(mixture.policy, "balance", 0.0) if balance is None else balance)
     rate = learning_rate or default_learning_rate(mixture)
     warmup = max(1, steps // 20) if warmup_steps is None else warmup_steps
     learned = [p for _, p in mixture.gate_parameters() if p.requires_grad]
