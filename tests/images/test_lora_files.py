@@ -5,62 +5,18 @@ from __future__ import annotations
 import copy
 import json
 import pipes
-import re
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from dialects import CLOSE, kohya, kohya_sd15, kohya_sdxl, named, same_picture
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
 import loraweave as lw
-
-CLOSE = {"atol": 1e-5, "rtol": 1e-5}
-
-
-def kohya_sd15(path: str) -> str:
-    part, _, inner = path.partition(".")
-    prefix = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}[part]
-    return prefix + inner.replace(".", "_")
-
-
-def kohya_sdxl(path: str) -> str:
-    part, _, inner = path.partition(".")
-    if part != "unet":
-        nested = "" if inner.startswith("text_model.") else "text_model_"
-        return {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}[part] + nested + inner.replace(".", "_")
-    for name, sgm in {
-        "down_blocks.1.attentions.0": "input_blocks.3.1",
-        "mid_block.attentions.0": "middle_block.1",
-        "up_blocks.0.attentions.0": "output_blocks.0.1",
-        "up_blocks.0.attentions.1": "output_blocks.1.1",
-    }.items():
-        inner = inner.replace(name, sgm)
-    return "lora_unet_" + inner.replace(".", "_")
-
-
-def kohya(pairs: Mapping[str, tuple[Tensor, Tensor]], name: Callable[[str], str], alpha: float) -> dict[str, Tensor]:
-    tensors = {}
-    for path, (a, b) in pairs.items():
-        stem = name(path)
-        tensors |= {f"{stem}.lora_down.weight": a, f"{stem}.lora_up.weight": b, f"{stem}.alpha": torch.tensor(alpha)}
-    return {key: tensor.contiguous() for key, tensor in tensors.items()}
-
-
-def same_picture(pipe: Any, path: Path, attach: Any) -> Any:
-    """The mixture of this one file, after its picture equalled the one by way of diffusers."""
-    mixture = attach(pipe, {"one": path}, lw.Sum())
-    mixed = pipes.latents(pipe)
-    mixture.detach()
-    bare = pipes.latents(pipe)
-    assert (mixed - bare).abs().max() > 0.01
-    assert_close(mixed, pipes.latents(pipes.loaded(pipe, {"one": path})), **CLOSE)
-    return mixture
 
 
 def test_kohya_sd15_with_convolutions(sets: Any, attach: Any, tmp_path: Path) -> None:
@@ -76,45 +32,6 @@ def test_kohya_sd15_with_convolutions(sets: Any, attach: Any, tmp_path: Path) ->
     assert (report.unmatched, report.scales, report.ranks) == ([], {0.5: len(modules)}, {4: len(modules)})
     assert (report.matched, report.triggers) == (3 * len(modules), ["hero", "sky", "coat"])
     assert 0.05 < report.text_encoder_share < 0.5
-
-
-@pytest.mark.parametrize("kind", ["LoHa", "LoKr"])
-def test_lycoris_sd15_with_convolutions(kind: str, sets: Any, attach: Any, tmp_path: Path) -> None:
-    """The picture is that of weights changed by the formula itself."""
-    pipe, _, _ = sets("sd15")
-    modules = pipes.targets(pipe, pipes.ATTENTION + pipes.CONVS)
-    generator = torch.Generator().manual_seed(3)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator) * 0.3
-
-    changed, tensors = copy.deepcopy(pipe), {}
-    for path in modules:
-        part, _, inner = path.partition(".")
-        weight = changed.components[part].get_submodule(inner).weight
-        out, into = weight.flatten(1).shape
-        stem = kohya_sd15(path)
-        if kind == "LoHa":
-            parts = {"hada_w1_a": random(out, 2), "hada_w1_b": random(2, into)}
-            parts |= {"hada_w2_a": random(out, 2), "hada_w2_b": random(2, into)}
-            update = (parts["hada_w1_a"] @ parts["hada_w1_b"]) * (parts["hada_w2_a"] @ parts["hada_w2_b"])
-        else:
-            parts = {"lokr_w1": random(2, 2), "lokr_w2_a": random(out // 2, 2), "lokr_w2_b": random(2, into // 2)}
-            update = torch.kron(parts["lokr_w1"], parts["lokr_w2_a"] @ parts["lokr_w2_b"])
-        tensors |= {f"{stem}.{part}": tensor for part, tensor in parts.items()} | {f"{stem}.alpha": torch.tensor(6.0)}
-        with torch.no_grad():
-            weight += 3.0 * update.view_as(weight)
-    file = tmp_path / "lycoris.safetensors"
-    save_file(tensors, file)
-    told = lw.inspect(file)
-    assert (told.mixable, told.modules, told.scales) == (True, len(modules), {3.0: len(modules)})
-    bare = pipes.latents(pipe)
-    mixture = attach(pipe, {"one": file}, lw.Sum())
-    report = mixture.sources[0].report
-    assert (report.unmatched, report.matched, report.ranks) == ([], len(tensors), told.ranks)
-    mixed = pipes.latents(pipe)
-    assert (mixed - bare).abs().max() > 0.01
-    assert_close(mixed, pipes.latents(changed), **CLOSE)
 
 
 @pytest.mark.parametrize("flat", [True, False])
@@ -144,53 +61,6 @@ def test_kohya_sd2(flat: bool, sets: Any, attach: Any, tmp_path: Path) -> None:
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("kind", ["sd15", "flux"])
-@pytest.mark.parametrize("form", ["LoCon", "LoHa", "LoKr"])
-def test_names_of_denoisers_that_lycoris_wrapped(form: str, kind: str, sets: Any, attach: Any, tmp_path: Path) -> None:
-    """The picture is that of peft's layers; the alphas in the file count."""
-    pipe, _, _ = sets(kind)
-    part = pipes.denoiser(pipe)
-    modules = {p: m for p, m in pipes.targets(pipe, pipes.ATTENTION + pipes.CONVS).items() if p.startswith(part)}
-    common = {"r": 2, "target_modules": [path.partition(".")[2] for path in modules]}
-    config = {
-        "LoCon": lambda: peft.LoraConfig(lora_alpha=6, init_lora_weights=False, **common),
-        "LoHa": lambda: peft.LoHaConfig(alpha=6, init_weights=False, **common),
-        "LoKr": lambda: peft.LoKrConfig(alpha=6, init_weights=False, **common),
-    }[form]()
-    torch.manual_seed(4)
-    other = copy.deepcopy(pipe)
-    wrapped = peft.get_peft_model(other.components[part].float(), config)
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in wrapped.named_parameters():
-        if match := re.fullmatch(r"base_model\.model\.(.+)\.(hada_\w+|lokr_\w+|lora_[AB])\.default(\.weight)?", name):
-            own = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight"}.get(match[2], match[2])
-            stem = "lycoris_" + match[1].replace(".", "_")
-            tensors |= {f"{stem}.{own}": parameter.detach(), f"{stem}.alpha": torch.tensor(6.0)}
-    if form == "LoKr":  # as LyCORIS has it: where both matrices are whole nothing is divided by the rank
-        for module in wrapped.modules():
-            if getattr(module, "lokr_w2", None):
-                module.scaling["default"] = 1.0
-    file = tmp_path / "lycoris.safetensors"
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
-    setattr(other, part, wrapped.merge_and_unload().double())
-    bare = pipes.latents(pipe)
-    mixture = attach(pipe, {"one": file}, lw.Sum())
-    report = mixture.sources[0].report
-    assert (report.unmatched, report.modules, report.matched) == ([], len(modules), len(tensors))
-    assert (report.scales, report.ranks) == (lw.inspect(file).scales, lw.inspect(file).ranks)
-    mixed = pipes.latents(pipe)
-    assert (mixed - bare).abs().max() > 0.01
-    assert_close(mixed, pipes.latents(other), **CLOSE)
-    mixture.detach()
-    tensors |= {
-        "lycoris_no_such.lora_down.weight": torch.ones(2, 4),
-        "lycoris_no_such.lora_up.weight": torch.ones(4, 2),
-    }
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
-    with pytest.warns(lw.LoraweaveWarning, match=r": 2 of \d+ tensors .*: lycoris_no_such\.lora_down\.weight, lycoris"):
-        attach(pipe, {"one": file}, lw.Sum())
-
-
 def test_kohya_sdxl_with_both_text_encoders(sets: Any, attach: Any, tmp_path: Path) -> None:
     pipe, _, _ = sets("sdxl")
     modules = pipes.targets(pipe, pipes.ATTENTION)
@@ -199,73 +69,6 @@ def test_kohya_sdxl_with_both_text_encoders(sets: Any, attach: Any, tmp_path: Pa
     report = same_picture(pipe, path, attach).sources[0].report
     assert (report.unmatched, report.modules, report.architecture) == ([], len(modules), "SDXL")
     assert lw.inspect(path).architecture == "SDXL"
-
-
-def test_kohya_flux(sets: Any, attach: Any, tmp_path: Path) -> None:
-    pipe, _, _ = sets("flux")
-    shapes = {
-        "lora_unet_double_blocks_0_img_attn_proj": (16, 16), "lora_unet_double_blocks_0_img_attn_qkv": (16, 48),
-        "lora_unet_double_blocks_0_txt_attn_qkv": (16, 48), "lora_unet_double_blocks_0_img_mlp_0": (16, 64),
-        "lora_unet_single_blocks_0_linear2": (80, 16),
-        "lora_te1_text_model_encoder_layers_0_self_attn_q_proj": (16, 16),
-        "lora_te1_text_model_encoder_layers_0_self_attn_out_proj": (16, 16),
-    }  # fmt: skip
-    generator = torch.Generator().manual_seed(2)
-    tensors: dict[str, Tensor] = {}
-    for stem, (into, out) in shapes.items():
-        tensors[f"{stem}.lora_down.weight"] = torch.randn(4, into, generator=generator)
-        tensors[f"{stem}.lora_up.weight"] = torch.randn(out, 4, generator=generator) * 0.3
-        tensors[f"{stem}.alpha"] = torch.tensor(2.0)
-    path = tmp_path / "flux.safetensors"
-    save_file(tensors, path)
-    report = same_picture(pipe, path, attach).sources[0].report
-    assert (report.unmatched, report.modules, report.architecture) == ([], 11, "Flux")
-
-
-def test_xlabs_flux(sets: Any, attach: Any, tmp_path: Path) -> None:
-    pipe, _, _ = sets("flux")
-    generator = torch.Generator().manual_seed(2)
-    tensors: dict[str, Tensor] = {}
-    shapes = {"double_blocks.0.processor.qkv_lora": (16, 48), "double_blocks.0.processor.proj_lora": (16, 16)}
-    stems = {f"{stem}{n}": shape for stem, shape in shapes.items() for n in (1, 2)}  # picture and text
-    stems |= {"single_blocks.0.processor.qkv_lora": (16, 48), "single_blocks.0.processor.proj_lora": (80, 16)}
-    for stem, (into, out) in stems.items():
-        tensors[f"{stem}.down.weight"] = torch.randn(4, into, generator=generator)
-        tensors[f"{stem}.up.weight"] = torch.randn(out, 4, generator=generator) * 0.3
-    save_file(tensors, tmp_path / "xlabs.safetensors")
-    report = same_picture(pipe, tmp_path / "xlabs.safetensors", attach).sources[0].report
-    assert (report.unmatched, report.modules, report.architecture) == ([], 12, "Flux")
-
-
-def test_kontext_flux(attach: Any, tmp_path: Path) -> None:
-    """diffusers converts this dialect for the full-sized model alone, which takes no room on the meta device."""
-    with torch.device("meta"):
-        transformer = FluxTransformer2DModel(guidance_embeds=True)
-    nothing = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-    pipe = FluxPipeline(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), **nothing)
-    d, shapes = 3072, {"final_layer.linear": (3072, 64)}
-    for n in range(19):
-        for side in ("img", "txt"):
-            block = f"double_blocks.{n}.{side}"
-            shapes |= {f"{block}_attn.qkv": (d, 3 * d), f"{block}_attn.proj": (d, d), f"{block}_mod.lin": (d, 6 * d)}
-            shapes |= {f"{block}_mlp.0": (d, 4 * d), f"{block}_mlp.2": (4 * d, d)}
-    for n in range(38):
-        block = f"single_blocks.{n}"
-        shapes |= {
-            f"{block}.linear1": (d, 7 * d),
-            f"{block}.linear2": (5 * d, d),
-            f"{block}.modulation.lin": (d, 3 * d),
-        }
-    tensors = {}
-    for name, (into, out) in shapes.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.ones(1, into, dtype=torch.float16)
-        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.ones(out, 1, dtype=torch.float16)
-    save_file(tensors, tmp_path / "kontext.safetensors")
-    report = attach(pipe, {"one": tmp_path / "kontext.safetensors"}, lw.Sum()).sources[0].report
-    # each qkv is three modules, each linear1 three and the feed-forward's
-    assert (report.unmatched, report.modules) == ([], 1 + 38 * (3 + 1 + 1 + 2) + 38 * (4 + 1 + 1))
-    told = lw.inspect(tmp_path / "kontext.safetensors")
-    assert (told.mixable, told.architecture, told.modules) == (True, "Flux", len(shapes))
 
 
 def test_old_names_of_diffusers(sets: Any, attach: Any, tmp_path: Path) -> None:
@@ -379,10 +182,6 @@ def test_kohya_for_sd3_says_what_to_do(sets: Any, tmp_path: Path) -> None:
               tmp_path / "k.safetensors")  # fmt: skip
     with pytest.raises(lw.LoraweaveError, match="kohya's for SD3, which diffusers cannot convert: have it in"):
         lw.attach(pipe, {"k": tmp_path / "k.safetensors"}, lw.Sum())
-
-
-def named(stem: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
-    return {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
 
 
 MID = "unet.mid_block.attentions.0."
