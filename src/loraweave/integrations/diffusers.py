@@ -1,4 +1,4 @@
-"""What the engine needs to know of diffusers pipelines; with ``diffusers_files`` the only place that knows them."""
+"""What the engine needs to know of diffusers pipelines; with ``diffusers_*.py`` beside it all that knows them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.errors import LoraweaveError, unknown
+from loraweave.integrations.diffusers_clock import StepClock
 from loraweave.integrations.host import Host
 from loraweave.mixing.anatomy import Anatomy, find_blocks, named_blocks
 from loraweave.mixing.denoiser import Staging
 from loraweave.mixing.stream import Arguments, Canvas, StreamSpec
-from loraweave.mixing.types import Moment
 
 _DENOISER = re.compile(r"(unet|transformer)(_\d+)?")
 _ENCODER = re.compile(r"text_encoder(_\d+)?")
@@ -31,6 +31,7 @@ _TEXT = re.compile(
 _TIME = re.compile(r"\.norm\w*\.linear$")
 _STAGE = re.compile(r"(Up|Down|Mid)Block")
 _UNBATCHED = frozenset({"img_ids", "txt_ids", "image_rotary_emb"})
+_TIMES = ("timestep", "timesteps", "t")
 _SCALES = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 
 
@@ -156,7 +157,7 @@ def open_pipeline(pipe: Any, blocks: Iterable[str] | None = None) -> Host:
     # A UNet's stages hold many blocks, and register them in another order than they call them.
     classes = {c for c in classes if not _STAGE.search(c)}
     found = find_blocks(module, sorted(classes)) if blocks is None else named_blocks(module, blocks)
-    staging = Staging(denoisers, encoders, StepClock(pipe), canvas, _UNBATCHED, _SCALES)
+    staging = Staging(denoisers, encoders, StepClock(pipe), canvas, _TIMES, _UNBATCHED, _SCALES)
     anatomy = Anatomy(
         streams=(
             *(StreamSpec(name, name, mask=None, spatial=True) for name in denoisers),
@@ -202,56 +203,3 @@ def canvas(denoiser: nn.Module, get: Callable[[str], Any]) -> Canvas | None:
         return None
     patch = getattr(getattr(denoiser, "config", None), "patch_size", None) or 1
     return Canvas(sample.shape[2] // patch, sample.shape[3] // patch, text)
-
-
-class StepClock:
-    """Counts denoising steps from what a denoiser is called with and what the pipeline's scheduler says.
-
-    A step begins with a new timestep, unless a solver of second order is half-way through the one before. A run begins
-    when the scheduler was given new timesteps, as every call of a pipeline does.
-    """
-
-    def __init__(self, pipe: Any) -> None:
-        self.pipe = pipe
-        self.times: Tensor | None = None
-        self.step, self.steps, self.last, self.halfway = 0, 1, float("inf"), False
-
-    def __call__(self, timestep: Any) -> Moment:
-        scheduler = getattr(self.pipe, "scheduler", None)
-        times = getattr(scheduler, "timesteps", None)
-        if not isinstance(times, Tensor) or not times.numel():
-            raise LoraweaveError(
-                f"{type(self.pipe).__name__}: its scheduler has no timesteps yet, so the denoising step is unknown; "
-                "call the pipeline, or scheduler.set_timesteps first"
-            )
-        t = float(timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep)
-        halfway = getattr(scheduler, "state_in_first_order", True) is False
-        place = _index(scheduler, times, t)
-        if times is not self.times or (place is None and t > self.last):
-            self.times, self.step, self.last = times, 0, float("inf")
-            self.steps = _steps(scheduler, times[place or 0 :])
-            self.halfway = False
-        # The second half of a step may be at the next step's timestep, which then begins with the same one.
-        if self.step == 0 or (not halfway and (t != self.last or self.halfway)):
-            self.step += 1
-        self.last, self.halfway = t, halfway
-        return Moment(self.step, max(self.steps, self.step))
-
-
-def _index(scheduler: Any, times: Tensor, t: float) -> int | None:
-    """Where in the scheduler's timesteps ``t`` stands; some transformers are given it divided by 1000."""
-    known = times.detach().float().cpu()
-    scaled = t * float(getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000))
-    # 1 may be the first of 1000 divided, or the very last; runs that begin with the last are rare.
-    for value in (scaled, t) if t <= 1 else (t,):
-        # compared in half precision's steps: the timestep may have been cast on its way
-        near = ((known - value).abs() <= 1e-2 + 4e-3 * abs(value)).nonzero().flatten()
-        if len(near):
-            return int(near[(known[near] - value).abs().argmin()])
-    return None
-
-
-def _steps(scheduler: Any, times: Tensor) -> int:
-    if hasattr(scheduler, "state_in_first_order"):
-        return (len(times) + 1) // 2
-    return len(torch.unique(times))

@@ -64,6 +64,7 @@ class MixingLayer(nn.Module):
         fixed: the whole low-rank term if ``g`` is constant, ``None`` if it is gated.
         copies: one such term for each of several equal parts of the rows, where rows are run once per expert.
         rows: the term where each row has its own weights; it goes before all others.
+        whole: whether ``fixed`` holds experts of weight zero, too.
     """
 
     def __init__(self, base: nn.Module, bank: Bank, path: str) -> None:
@@ -75,6 +76,7 @@ class MixingLayer(nn.Module):
         self.fixed: Term | None = None
         self.copies: tuple[Term, ...] | None = None
         self.rows: RowsTerm | None = None
+        self.whole = False
         self._constant: Tensor | None = None
         self._of_copies: tuple[Tensor, ...] | None = None
         self.train(base.training)
@@ -163,10 +165,17 @@ class MixingLayer(nn.Module):
         """The constant weights ``[E]``, ``None`` if ``g`` is gated or differs between copies of the rows."""
         return self._constant
 
-    def fix(self, weights: Tensor | None) -> None:
-        """Make ``g`` constant, ``[E]``: keep only the rank rows of experts that count. ``None``: gated again."""
-        self._constant, self._of_copies, self.copies = weights, None, None
-        self.fixed = None if weights is None else self._fixed_term(weights)
+    def fix(self, weights: Tensor | None, whole: bool = False) -> None:
+        """Make ``g`` constant, ``[E]``. ``None``: gated again.
+
+        Only the rank rows of experts that count are kept; ``whole`` keeps all, so that a compiled model finds tensors
+        of the same shapes whatever the weights.
+        """
+        self._constant, self._of_copies, self.copies, self.whole = weights, None, None, whole
+        if weights is not None and whole and not isinstance(self.bank, PagedBank):
+            self.fixed = FixedTerm(self.bank.A, self.bank.Bt, self.bank.layout.row_weights(weights).to(self.bank.A))
+        else:
+            self.fixed = None if weights is None else self._fixed_term(weights)
 
     def fix_copies(self, weights: Sequence[Tensor]) -> None:
         """Make ``g`` constant in each of ``len(weights)`` equal parts of the rows: ``[E]`` for each."""
@@ -206,7 +215,7 @@ class MixingLayer(nn.Module):
         if self._of_copies is not None:
             self.fix_copies(self._of_copies)
         else:
-            self.fix(self._constant)
+            self.fix(self._constant, self.whole)
         if self.rows is not None:
             self.fix_rows(self.rows.weights)
 
