@@ -16,21 +16,20 @@ import loraweave as lw
 
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=["fp32-base", "bf16-base"])
 @pytest.mark.parametrize("objective", ["guidance", "denoising"])
-@pytest.mark.parametrize("checkpointing", [True, False])
 def test_bf16_training_moves_gates_that_stay_in_single_precision(
-    checkpointing: bool, objective: str, base: torch.dtype, taught: Any, attach: Any
+    objective: str, base: torch.dtype, taught: Any, attach: Any
 ) -> None:
     made, files = taught("sd15")
     pipe = copy.deepcopy(made)
+    mixture = attach(pipe, files, lw.MoLE())
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             part.to(base)
-    mixture = attach(pipe, files, lw.MoLE())
     before = lessons.gates(mixture)
     data, options = (None, None) if objective == "guidance" else ([(lessons.picture(), "a")], lw.Denoising())
     found = lessons.train(
         mixture, data, options, steps=3, learning_rate=0.05, mixed_precision="bf16",
-        gradient_checkpointing=checkpointing,
+        gradient_checkpointing=objective == "guidance",
     )  # fmt: skip
     assert found.steps == 3
     assert all(math.isfinite(value) for entry in found.history for value in entry.values())
