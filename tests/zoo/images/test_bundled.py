@@ -74,12 +74,13 @@ def test_every_lora_fits_whole_and_names_its_words(pipe: Any) -> None:
 
 @pytest.mark.parametrize("name", ["moonfire", "quarter", "faerie"])
 def test_one_lora_paints_as_diffusers_paints_it(pipe: Any, name: str) -> None:
+    prompt = f"{PROMPT}, {images.HELD_OUT[name].words}"
     mixture = lw.attach(pipe, images.loras([name]), lw.Sum())
-    ours = paint(pipe)
+    ours = paint(pipe, prompt)
     mixture.detach()
-    bare = paint(pipe)
+    bare = paint(pipe, prompt)
     pipe.load_lora_weights(images.loras([name])[name], adapter_name=name)
-    theirs = paint(pipe)
+    theirs = paint(pipe, prompt)
     pipe.unload_lora_weights()
     torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0)
     assert (ours - bare).abs().max() > 0.02
@@ -100,13 +101,13 @@ def test_names_in_recipes_and_on_the_command_line(tmp_path: Path, capsys: pytest
 
 def test_a_saved_mixture_finds_the_bundled_pipeline_again(pipe: Any, tmp_path: Path) -> None:
     mixture = lw.attach(pipe, {"acid": "zoo:images/acid"}, lw.Sum(0.5))
-    wanted = paint(pipe, steps=2)
+    wanted = paint(pipe, "vezz acid", steps=2)
     mixture.save_pretrained(tmp_path / "saved")
     mixture.detach()
     assert '"zoo:images"' in (tmp_path / "saved" / "mixture.json").read_text()
     again = lw.load(tmp_path / "saved")
     again.pipeline.set_progress_bar_config(disable=True)
-    assert torch.equal(paint(again.pipeline, steps=2), wanted)
+    assert torch.equal(paint(again.pipeline, "vezz acid", steps=2), wanted)
 
 
 def test_unknown_names_are_refused() -> None:
