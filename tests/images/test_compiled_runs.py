@@ -65,7 +65,7 @@ def compiled(pipe: Any, inside: bool) -> list[int]:
         (lw.Switch(every=2), True, True, 1),
         pytest.param(lw.Switch(every=1), False, False, 3, marks=pytest.mark.slow),
         pytest.param(lw.Composite(), True, False, 1, marks=pytest.mark.slow),
-        (lw.Composite(chunk=1), True, True, 1),
+        pytest.param(lw.Composite(chunk=1), True, True, 1, marks=pytest.mark.slow),
         pytest.param(lw.Composite(chunk=2), True, False, 2, marks=pytest.mark.slow),
         (lw.Sum(weights=SCHEDULE), True, False, 1),
     ],

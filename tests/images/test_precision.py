@@ -67,6 +67,7 @@ def test_half_precision_is_close_to_single(method: str, kind: str, dtype: torch.
     assert away(changed[dtype], changed[torch.float32]) < BOUNDS[kind][dtype == torch.bfloat16]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("method", METHODS)
 def test_casting_an_attached_pipeline_equals_attaching_to_a_cast_one(

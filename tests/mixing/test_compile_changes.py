@@ -78,3 +78,21 @@ def test_linear_weights() -> None:
         mixture.policy = lw.Linear({"ant": ant, "bee": 2.0, "cat": 1.0})
         check(fast, mixture, inputs)
     assert len(compilations) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mean", "token", "top2"])
+def test_parts_that_are_kept_out_of_the_graph_use_what_its_gates_decide(name: str) -> None:
+    policies = {
+        "mean": lw.MoLE(pooling="mean"), "token": lw.MoLE(),
+        "top2": lw.MoLE(activation="topk", k=2, pooling="mean"),
+    }  # fmt: skip
+    mixture = tiny.randomize(tiny.attached("llama", policies[name], torch.float64))
+    for block in mixture.model.model.layers:
+        block.mlp.forward = torch.compiler.disable(block.mlp.forward)
+    some = [tiny.batch("llama", seed=seed) for seed in range(2)]
+    expected = [tiny.logits(mixture.model, inputs) for inputs in some]
+    compiled = torch.compile(mixture.model, backend="eager")
+    for inputs, wanted in zip(some, expected, strict=True):
+        with torch.no_grad():
+            assert_close(compiled(**inputs).logits, wanted, atol=1e-10, rtol=1e-10)

@@ -200,6 +200,7 @@ def test_threads(pairs: Any) -> None:
     assert memory.held == sum(bank.size(number) for bank, number in memory._pages) <= memory.budget
 
 
+@pytest.mark.slow
 def test_compiled(pairs: Any) -> None:
     _, paged = pairs("llama")
     paged.policy = lw.MoLE(activation="topk", k=1, pooling="mean")

@@ -96,6 +96,7 @@ class Site:
         self._row_weights: dict[tuple[Layout, torch.device], Tensor] = {}
         self._picked: dict[tuple[Layout, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         self._in_use: tuple[Weights, tuple[int, ...]] | None = None
+        self._known: Weights | None = None
         self._fetched: dict[Bank, tuple[Tensor, Tensor]] | None = None
         self._tokens = 1
         self._read: tuple[weakref.ref[Tensor], int] | None = None
@@ -108,6 +109,7 @@ class Site:
             "_row_weights": {},
             "_picked": {},
             "_in_use": None,
+            "_known": None,
             "_fetched": None,
             "_read": None,
         }
@@ -238,6 +240,7 @@ class Site:
         """Weights of the bank's rank rows, ``[rows or 1, tokens or 1, R]``."""
         if torch.compiler.is_compiling():
             return self._spread(bank)  # the compiler sees by itself what repeats
+        self._weights()
         key = self._layout(bank), bank.device  # a site may span devices
         w = self._row_weights.get(key)
         if w is None:
@@ -302,14 +305,16 @@ class Site:
         return found
 
     def _weights(self) -> Weights:
-        if self._driving is not None:
-            return self._driving
-        if self.current is None:
+        weights = self.current if self._driving is None else self._driving
+        if weights is not self._known and not torch.compiler.is_compiling():
+            self._forget()  # a compiled gate may have decided, of whose graph these layers are left out
+            self._known = weights
+        if weights is None:
             raise LoraweaveError(
                 f"gate site {self.name}: {self.plan.members[0]!r} decides the weights but has not run in this pass; "
                 "this model calls its modules in another order than expected: use granularity='matrix'"
             )
-        return self.current
+        return weights
 
     def clear(self) -> None:
         """Forget the last pass."""
