@@ -306,7 +306,7 @@ class Site:
 
     def _weights(self) -> Weights:
         weights = self.current if self._driving is None else self._driving
-        if weights is not self._known and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and weights is not self._known:
             self._forget()  # a compiled gate may have decided, of whose graph these layers are left out
             self._known = weights
         if weights is None:
