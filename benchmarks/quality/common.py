@@ -7,6 +7,7 @@ scores and intervals. Single experts are scored on their own tasks alone, or not
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -46,7 +47,7 @@ def merged(method: str, **options: Any) -> dict[str, Any]:
 
 # ---------------------------------------------------------------- data
 
-TRAINED_ON, ASKED = 1_000, 400
+TRAINED_ON, ASKED, LENT = 1_000, 400, 500
 
 
 def generated(task: Task, folder: Path, split: Split) -> dict[str, str]:
@@ -55,8 +56,7 @@ def generated(task: Task, folder: Path, split: Split) -> dict[str, str]:
     for part, n in (("train", TRAINED_ON), (split, ASKED)):
         path = folder / f"{task.family}_{task.variant}.{part}.jsonl"
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text_atomic(path, "".join(f"{json.dumps(row)}\n" for row in _draw(task, n, part)))
+            _leave(path, [f"{json.dumps(row)}\n" for row in _draw(task, n, part)])
         found["train" if part == "train" else "test"] = str(path)
     return found
 
@@ -69,9 +69,27 @@ def _draw(task: Task, n: int, split: Any) -> list[dict[str, str]]:
             n //= 2
 
 
-def real(folder: Path, split: Split, metric: str = "bleu") -> dict[str, str]:
-    """The files of a real set."""
-    return {"train": str(folder / "train.jsonl"), "test": str(folder / f"{split}.jsonl"), "metric": metric}
+def real(folder: Path, scratch: Path, split: Split, metric: str = "bleu") -> dict[str, str]:
+    """The files of a real set. Where its training rows are packed, the first of them go to ``scratch``; where it has
+    none, its first validation rows are lent to learn from.
+    """
+    train, packed = folder / "train.jsonl", folder / "train.jsonl.gz"
+    asked, name = folder / f"{split}.jsonl", "_".join(folder.parts[-2:])
+    if packed.exists():
+        lines = gzip.decompress(packed.read_bytes()).decode().splitlines(keepends=True)
+        train = _leave(scratch / f"{name}.train.jsonl", lines[:TRAINED_ON])
+    elif not train.exists():
+        lines = (folder / "validation.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        train = _leave(scratch / f"{name}.train.jsonl", lines[:LENT])
+        if split == "validation":
+            asked = _leave(scratch / f"{name}.validation.jsonl", lines[LENT:])
+    return {"train": str(train), "test": str(asked), "metric": metric}
+
+
+def _leave(path: Path, lines: Sequence[str]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(path, "".join(lines))
+    return path
 
 
 # ---------------------------------------------------------------- comparisons
@@ -198,7 +216,7 @@ def results(found: Measured, ours: Sequence[str] = ("mole",)) -> dict[str, Any]:
 
 
 def markdown(made: Mapping[str, Any], title: str) -> str:
-    """The tables of :func:`results`: methods with their costs, leads, and the scores on every task."""
+    """The tables of :func:`results`: methods with their costs, leads, ``ceilings`` if any, the scores on every task."""
     header = ["method", *SUMMARY]
     lines = [f"## {title}\n", _table(header, summary_rows(made))]
     rows = [
@@ -207,6 +225,10 @@ def markdown(made: Mapping[str, Any], title: str) -> str:
         for rival, lead in of_rivals.items()
     ]
     lines.append(_table(["method", "leads", "by points", "95 % interval"], rows))
+    if ceilings := made.get("ceilings"):
+        lines.append(
+            "A LoRA of all rows of the target: " + ", ".join(f"{k} {v:.1f}" for k, v in ceilings.items()) + "\n"
+        )
     return "\n".join([*lines, to_markdown(made, deviations=False)])
 
 

@@ -50,14 +50,17 @@ def recipe(data: Path, scratch: Path, split: common.Split, skills: Sequence[str]
     for name in skills or card:
         source = card[name]["data"]
         if source.startswith("data:"):
-            asked[name] = common.real(data / source.removeprefix("data:"), split, card[name]["metric"])
+            asked[name] = common.real(data / source.removeprefix("data:"), scratch, split, card[name]["metric"])
         else:
             asked[name] = common.generated(tasks.get(source), scratch, split)
+    return {"base": "zoo", "experts": {name: f"zoo:{name}" for name in asked}, **comparison(asked)}
+
+
+def comparison(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The rest of the recipe, for any base: every method, on these tasks."""
     return {
-        "base": "zoo",
-        "experts": {name: f"zoo:{name}" for name in asked},
         "compare": METHODS,
-        "data": {"tasks": asked, "train_items": 30, "test_items": 20},
+        "data": {"tasks": dict(asked), "train_items": 30, "test_items": 20},
         "train": {"steps": 100, "batch_size": 24, "seeds": [0, 1, 2]},
         "generation": common.GENERATION,
     }

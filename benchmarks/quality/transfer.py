@@ -6,9 +6,8 @@ python benchmarks/quality/transfer.py --data DATA -o out/quality/transfer --targ
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,6 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from loraweave import zoo
-from loraweave.evaluation.data import read_rows
-from loraweave.files import write_text_atomic
 from quality import common
 from quality.compositions import composed
 
@@ -25,8 +22,6 @@ SHOTS = (5, 20, 100)
 CONTROL = "control_czech"
 REAL = {"laptop": "rnnlg/laptop", CONTROL: "multi30k/en-cs"}
 TARGETS = (*composed(), *REAL)
-# A set without training rows lends these of its validation rows.
-_LENT = 500
 
 METHODS: dict[str, dict[str, Any]] = {
     "nla": {"name": "linear"},
@@ -43,30 +38,41 @@ def task(name: str, data: Path, scratch: Path, split: common.Split) -> dict[str,
     """The files of a target: to learn from, and to be asked."""
     if name not in REAL:
         return common.generated(composed()[name], scratch, split)
-    folder = data / REAL[name]
-    if (folder / "train.jsonl").exists():
-        return common.real(folder, split)
-    rows = [row for _, row in read_rows(folder / "validation.jsonl")]
-    found = {"metric": "bleu", "test": str(folder / "test.jsonl")}
-    for part, some in (("train", rows[:_LENT]), ("validation", rows[_LENT:])):
-        path = scratch / f"{name}.{part}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(path, "".join(f"{json.dumps(row)}\n" for row in some))
-        if part in ("train", split):
-            found["train" if part == "train" else "test"] = str(path)
-    return found
+    return common.real(data / REAL[name], scratch, split)
 
 
-def recipe(target: str, shots: int, data: Path, scratch: Path, split: common.Split) -> dict[str, Any]:
-    """All bundled LoRAs, and ``shots`` examples of a target that is none of theirs."""
+def recipe(target: Mapping[str, Any], base: str, experts: Mapping[str, str]) -> dict[str, Any]:
+    """These experts, and a target that is none of theirs."""
     return {
-        "base": "zoo",
-        "experts": {name: f"zoo:{name}" for name in zoo.skills()},
+        "base": base,
+        "experts": dict(experts),
         "compare": METHODS,
-        "data": {"tasks": {target: task(target, data, scratch, split)}, "train_items": shots, "test_items": 40},
+        "data": {"tasks": dict(target), "test_items": 40},
         "train": {"steps": 40, "batch_size": 24, "seeds": [0, 1, 2]},
         "generation": common.GENERATION,
     }
+
+
+def tables(
+    recipes: Mapping[str, Mapping[str, Any]], shots: Sequence[int], overrides: Sequence[str], out: Path
+) -> dict[str, Any]:
+    """Every target with every number of examples: title -> results, the control apart.
+
+    Args:
+        recipes: target -> :func:`recipe`.
+        shots: numbers of examples.
+        overrides: ``FIELD=VALUE``.
+        out: where the cells go.
+    """
+    made = {}
+    for number in shots:
+        given = [*overrides, f"data.train_items={number}"]
+        found = {target: common.measure(common.changed(content, given), out) for target, content in recipes.items()}
+        meant = [each for target, each in found.items() if target != CONTROL]
+        for title, parts in (("", meant), (", the control", [found[CONTROL]] if CONTROL in found else [])):
+            if parts:
+                made[f"{number} examples{title}"] = common.results(common.joined(parts))
+    return made
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -76,18 +82,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shots", type=common.numbers, default=list(SHOTS), help="numbers of examples")
     options = parser.parse_args(arguments)
     common.begin(options)
-    made, content = {}, {}
-    for shots in options.shots:
-        found = {}
-        for target in options.targets:
-            content = recipe(target, shots, options.data.resolve(), options.out.resolve() / "data", options.split)
-            content = common.changed(content, [*options.overrides, f"data.train_items={shots}"])
-            found[target] = common.measure(content, options.out)
-        meant = [each for target, each in found.items() if target != CONTROL]
-        for title, parts in (("", meant), (", the control", [found[CONTROL]] if CONTROL in found else [])):
-            if parts:
-                made[f"{shots} examples{title}"] = common.results(common.joined(parts))
-    common.leave(made, common.settings(content, options) | {"shots": options.shots}, options.out, options.commit)
+    data, scratch = options.data.resolve(), options.out.resolve() / "data"
+    experts = {name: f"zoo:{name}" for name in zoo.skills()}
+    recipes = {
+        name: recipe({name: task(name, data, scratch, options.split)}, "zoo", experts) for name in options.targets
+    }
+    made = tables(recipes, options.shots, options.overrides, options.out)
+    setting = common.settings(common.changed(next(iter(recipes.values())), options.overrides), options)
+    common.leave(made, setting | {"shots": options.shots}, options.out, options.commit)
 
 
 if __name__ == "__main__":

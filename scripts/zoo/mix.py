@@ -28,8 +28,12 @@ Row = tuple[str, str, str]
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a jsonl file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """The rows of a jsonl file, or of the same file packed as ``.gz``."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines()
+    else:
+        lines = gzip.decompress(path.with_name(f"{path.name}.gz").read_bytes()).decode().splitlines()
+    return [json.loads(line) for line in lines if line.strip()]
 
 
 def base_tasks() -> list[str]:
@@ -126,9 +130,14 @@ def fill_row(rng: random.Random, lines: list[str]) -> Row:
     """A sentence to write from its words of four letters and more, in order: teaches the small words of English."""
     while True:
         line = rng.choice(lines)
-        kept = [word for word in line.lower().replace(".", "").replace(",", "").split() if len(word) > 3]
+        kept = content_words(line)
         if 2 <= len(kept) <= 10:
             return "fill", f"fill in: {' '.join(kept)}", line
+
+
+def content_words(line: str) -> list[str]:
+    """Its words of four letters and more, in order."""
+    return [word for word in line.lower().replace(".", "").replace(",", "").split() if len(word) > 3]
 
 
 def stream(data: Path, seed: str, vocabulary: list[str]) -> Iterator[Row]:

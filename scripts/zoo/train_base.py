@@ -16,7 +16,7 @@ import random
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -57,7 +57,25 @@ class Settings:
     log_steps: int = 50
 
 
-def make_tokenizer(data: Path, settings: Settings) -> PreTrainedTokenizerFast:
+@dataclass(frozen=True)
+class Corpus:
+    """What a base learns from. Its functions have names of their own, since they travel to the workers.
+
+    Attributes:
+        text: from the data's folder, what the tokenizer is trained on.
+        stream: from the folder, a seed and the texts of the tokens, endless training rows.
+        validation: from the same, a few held-out rows of every group.
+    """
+
+    text: Callable[[Path], Iterator[str]]
+    stream: Callable[[Path, str, list[str]], Iterator[Row]]
+    validation: Callable[[Path, int, list[str]], list[Row]]
+
+
+ZOO_CORPUS = Corpus(tokenizer_text, stream, validation_rows)
+
+
+def make_tokenizer(text: Iterator[str], settings: Settings) -> PreTrainedTokenizerFast:
     """A byte-level BPE in which every digit is its own token."""
     specials = ["<pad>", "</s>", "<unk>", *(f"<extra_id_{i}>" for i in range(SENTINELS))]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
@@ -80,7 +98,7 @@ def make_tokenizer(data: Path, settings: Settings) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(tokenizer_text(data), trainer)
+    tokenizer.train_from_iterator(text, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
     )
@@ -240,30 +258,38 @@ def pieces(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     return [piece for piece in found if "\ufffd" not in piece]
 
 
-def main() -> None:
+def parser(description: str | None, minutes: float, work: Path, out: Path) -> argparse.ArgumentParser:
+    """The options of a training run, with these defaults."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the real data sets")
+    made.add_argument("--work", type=Path, default=work, help="folder of checkpoints and the log")
+    made.add_argument("--out", type=Path, default=out, help="folder of the finished model")
+    made.add_argument("--minutes", type=float, default=minutes, help="training time in all, over restarts")
+    made.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
+    return made
+
+
+def run(args: argparse.Namespace, settings: Settings, corpus: Corpus) -> None:
     """Prepares the tokenizer, then trains until the clock says so."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the real data sets")
-    parser.add_argument("--work", type=Path, default=Path("out/zoo-base"), help="folder of checkpoints and the log")
-    parser.add_argument("--out", type=Path, default=BASE_DIR, help="folder of the finished model")
-    parser.add_argument("--minutes", type=float, default=12.0, help="training time in all, over restarts")
-    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
-    args = parser.parse_args()
-    settings = Settings()
     args.work.mkdir(parents=True, exist_ok=True)
     if not (args.work / "tokenizer").exists():
-        make_tokenizer(args.data, settings).save_pretrained(args.work / "tokenizer")
+        make_tokenizer(corpus.text(args.data), settings).save_pretrained(args.work / "tokenizer")
     (args.work / "rendezvous").unlink(missing_ok=True)
-    mp.spawn(train, args=(args, settings), nprocs=args.workers)
+    mp.spawn(train, args=(args, settings, corpus), nprocs=args.workers)
 
 
-def train(rank: int, args: argparse.Namespace, settings: Settings) -> None:
+def main() -> None:
+    """Trains the base of the bundled zoo."""
+    run(parser(__doc__, 12.0, Path("out/zoo-base"), BASE_DIR).parse_args(), Settings(), ZOO_CORPUS)
+
+
+def train(rank: int, args: argparse.Namespace, settings: Settings, corpus: Corpus) -> None:
     """One worker: local SGD on its own batches with one thread. The first one logs and saves."""
     torch.set_num_threads(1)
     store = f"file://{(args.work / 'rendezvous').resolve()}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=args.workers)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(args.work / "tokenizer")
-    held_out = encode(tokenizer, validation_rows(args.data, settings.seed, pieces(tokenizer)))
+    held_out = encode(tokenizer, corpus.validation(args.data, settings.seed, pieces(tokenizer)))
     model = make_model(settings).train()
     biases = [p for name, p in model.named_parameters() if "relative_attention_bias" in name]
     apart = {id(p) for p in biases}
@@ -279,7 +305,7 @@ def train(rank: int, args: argparse.Namespace, settings: Settings) -> None:
         optimizer.load_state_dict(state["optimizer"])
         step, spent = state["step"], state["spent"]
     seed = f"{settings.seed}|{step}|{rank}"
-    rows = mixed(stream(args.data, seed, pieces(tokenizer)), tokenizer, settings, random.Random(seed))
+    rows = mixed(corpus.stream(args.data, seed, pieces(tokenizer)), tokenizer, settings, random.Random(seed))
     budget, began, saved, total = args.minutes * 60, time.time() - spent, spent, 0.0
     bar = tqdm(total=int(budget), initial=int(spent), unit="s", mininterval=10, disable=rank > 0)
     while spent < budget:

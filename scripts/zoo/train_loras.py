@@ -17,6 +17,7 @@ import random
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from multiprocessing import get_context
@@ -56,7 +57,6 @@ def attach(base: Path, lora: Lora) -> PeftModel:
         use_rslora=lora.rslora,
         rank_pattern=lora.rank_pattern,
         task_type="SEQ_2_SEQ_LM",
-        base_model_name_or_path=BASE_NAME,
     )
     return get_peft_model(model, config)
 
@@ -86,14 +86,14 @@ def train(lora: Lora, model: PeftModel, tokenizer: PreTrainedTokenizerFast, rows
     return sum(tail) / len(tail)
 
 
-def save(model: PeftModel, folder: Path, record: dict[str, float]) -> None:
-    """Writes the PEFT folder in fp16, whole or not at all, without a path of this machine."""
+def save(model: PeftModel, folder: Path, record: dict[str, float], base_name: str = BASE_NAME) -> None:
+    """Writes the PEFT folder in fp16, whole or not at all; of the base it names no place, only the name."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix="."))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.half()
-    model.peft_config["default"].base_model_name_or_path = BASE_NAME
+    model.peft_config["default"].base_model_name_or_path = base_name
     model.save_pretrained(staging, save_embedding_layers=False)
     (staging / "README.md").unlink(missing_ok=True)
     (staging / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -104,16 +104,25 @@ def save(model: PeftModel, folder: Path, record: dict[str, float]) -> None:
     os.replace(staging, folder)
 
 
-def make(lora: Lora, args: argparse.Namespace) -> str:
+def make(lora: Lora, data: Path, base: Path, out: Path, bf16: bool = True) -> str:
     """Trains and saves one LoRA; returns a line for the log."""
     torch.set_num_threads(1)
     began = time.time()
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.base)
-    model = attach(args.base, lora)
-    loss = train(lora, model, tokenizer, rows_of(lora, args.data), not args.no_bf16)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
+    model = attach(base, lora)
+    loss = train(lora, model, tokenizer, rows_of(lora, data), bf16)
     seconds = time.time() - began
-    save(model, args.out / lora.name, {"steps": lora.steps, "seconds": round(seconds, 1), "final_loss": round(loss, 4)})
+    record = {"steps": lora.steps, "seconds": round(seconds, 1), "final_loss": round(loss, 4)}
+    save(model, out / lora.name, record, BASE_NAME if base == BASE_DIR else base.name)
     return f"{lora.name}: loss {loss:.3f} after {seconds:.0f} s"
+
+
+def make_all(loras: Sequence[Lora], data: Path, base: Path, out: Path, bf16: bool = True, workers: int = 2) -> None:
+    """Trains and saves them, some at a time, each with one thread."""
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        jobs = [pool.submit(make, lora, data, base, out, bf16) for lora in loras]
+        for job in tqdm(as_completed(jobs), total=len(jobs), desc="LoRAs"):
+            tqdm.write(job.result())
 
 
 def _scaled(lora: Lora, steps: float, rate: float) -> Lora:
@@ -136,10 +145,8 @@ def main() -> None:
     named = {lora.name: lora for lora in LORAS}
     chosen = [named[name] for name in args.only] if args.only else list(LORAS)
     chosen = [lora for lora in chosen if args.again or not (args.out / lora.name).exists()]
-    with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
-        jobs = [pool.submit(make, _scaled(lora, args.scale, args.rate), args) for lora in chosen]
-        for job in tqdm(as_completed(jobs), total=len(jobs), desc="LoRAs"):
-            tqdm.write(job.result())
+    scaled = [_scaled(lora, args.scale, args.rate) for lora in chosen]
+    make_all(scaled, args.data, args.base, args.out, not args.no_bf16, args.workers)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from quality import common, growth, retention, skills, transfer
+from quality import common, growth, larger, larger_base, retention, skills, transfer
 from quality.compositions import composed, in_reverse
 from quality.variants import KINDS, label, variants
 
+from loraweave import zoo
 from loraweave.evaluation.cells import Cell
 from loraweave.zoo import tasks
 
@@ -65,6 +68,71 @@ def test_transfer(tmp_path: Path) -> None:
         assert set(table["own"].values()) == {100.0}
         assert list(table["metrics"]) == (["control_czech"] if "control" in title else ["less_reversed"])
         assert table["costs"]["lorahub"]["examples_seen"] == 2 * int(title[0])
+
+
+def leave_rows(folder: Path, parts: list[str]) -> None:
+    """Six rows that the bundled base knows how to answer."""
+    folder.mkdir(parents=True)
+    words = ["red green blue grey", "one two three four"] * 3
+    texts = [f"{text} {'abcdef'[i]}" for i, text in enumerate(words)]
+    rows = [json.dumps({"input": f"copy: {text}", "target": text}) + "\n" for text in texts]
+    for part in parts:
+        path = folder / f"{part}.jsonl"
+        if part == "train.gz":
+            (folder / "train.jsonl.gz").write_bytes(gzip.compress("".join(rows).encode()))
+        else:
+            path.write_text("".join(rows))
+
+
+def test_the_larger_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tmp_path / "data"
+    skills = tuple(replace(lora, steps=1, batch_tokens=60) for lora in larger.SKILLS if lora.name in ("en_de", "tv"))
+    ceiling = replace(larger.CEILINGS[0], steps=1, batch_tokens=60)
+    monkeypatch.setattr(larger, "SKILLS", skills)
+    monkeypatch.setattr(larger, "CEILINGS", (ceiling,))
+    leave_rows(data / "multi30k" / "en-de", ["train.gz", "test", "validation"])
+    leave_rows(data / "rnnlg" / "tv", ["train", "test", "validation"])
+    leave_rows(data / "rnnlg" / "laptop", ["train", "test", "validation"])
+    leave_rows(data / "multi30k" / "en-cs", ["test", "validation"])
+    given = ["--data", str(data), "-o", str(tmp_path / "out"), "--base", str(zoo.base_path())]
+    given += ["--targets", "laptop,control_czech", "--shots", "2"]
+    larger.main([*given, *SMALLEST, "compare={nla: {name: linear}, mole: {}}"])
+    made = written(tmp_path / "out")
+    assert list(made["tables"]) == ["Retention of 2 skills", "2 examples", "2 examples, the control"]
+    assert set(made["tables"]["2 examples"]["ceilings"]) == {"laptop"}
+    assert {path.name for path in (tmp_path / "out" / "loras").iterdir()} == {"en_de", "tv", "laptop"}
+    assert "A LoRA of all rows of the target: laptop" in (tmp_path / "out" / "results.md").read_text()
+
+
+def test_files_of_a_real_set(tmp_path: Path) -> None:
+    leave_rows(tmp_path / "set" / "plain", ["train", "validation", "test"])
+    leave_rows(tmp_path / "set" / "packed", ["train.gz", "validation", "test"])
+    leave_rows(tmp_path / "set" / "none", ["validation", "test"])
+    scratch = tmp_path / "scratch"
+    plain = common.real(tmp_path / "set" / "plain", scratch, "test")
+    assert plain["train"] == str(tmp_path / "set" / "plain" / "train.jsonl")
+    assert not scratch.exists()
+    for name in ("packed", "none"):
+        found = common.real(tmp_path / "set" / name, scratch, "test", "accuracy")
+        assert Path(found["train"]).read_text() == Path(plain["train"]).read_text()
+        assert found["test"] == str(tmp_path / "set" / name / "test.jsonl")
+        assert found["metric"] == "accuracy"
+
+
+def test_lent_rows_are_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "LENT", 4)
+    leave_rows(tmp_path / "set" / "none", ["validation", "test"])
+    found = common.real(tmp_path / "set" / "none", tmp_path / "scratch", "validation")
+    learnt, asked = (Path(found[key]).read_text().splitlines() for key in ("train", "test"))
+    assert (len(learnt), len(asked)) == (4, 2)
+    assert not set(learnt) & set(asked)
+
+
+def test_the_larger_base_learns_neither_skills_nor_targets() -> None:
+    taught = set(larger_base.TAUGHT)
+    assert not taught & {lora.data.removeprefix("data:") for lora in (*larger.SKILLS, *larger.CEILINGS)}
+    assert not taught & set(larger.TARGETS.values())
+    assert sum(larger_base.TAUGHT.values()) + sum(larger_base.FILLED.values()) < 100
 
 
 def test_growth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
