@@ -114,19 +114,22 @@ def told_alone(name: str, seed: int) -> str:
     return images.caption({layer: rng.choice(of) for layer, of in known.items()} | {own.layer: own})
 
 
+def fusion(pipe: Any, names: tuple[str, ...], seed: int) -> lw.GradientFusion:
+    """What makes one LoRA of any of a cast's; each LoRA shows once what it is given."""
+    experts = {name: f"zoo:images/{name}" for name in names}
+    prompts = {name: told_alone(name, seed) for name in names}
+    call = {"num_inference_steps": FUSING_STEPS, "guidance_scale": images.GUIDANCE}
+    return lw.GradientFusion(pipe, experts, prompts, call=call, seed=seed, progress=False)
+
+
 @contextmanager
-def composing(pipe: Any, mixture: lw.Mixture | None, loras: tuple[str, ...], seed: int) -> Iterator[None]:
-    """Within the block the pipeline paints with these LoRAs: the mixture's, or without one their fusion."""
-    if mixture is not None:
-        with mixture.only(*loras):
+def composing(pipe: Any, cast: lw.Mixture | lw.GradientFusion, loras: tuple[str, ...]) -> Iterator[None]:
+    """Within the block the pipeline paints with these LoRAs of the cast: the mixture's, or their fusion."""
+    if isinstance(cast, lw.Mixture):
+        with cast.only(*loras):
             yield
         return
-    experts = {name: f"zoo:images/{name}" for name in loras}
-    prompts = {name: told_alone(name, seed) for name in loras}
-    call = {"num_inference_steps": FUSING_STEPS, "guidance_scale": images.GUIDANCE}
-    fused = lw.attach(
-        pipe, {"fused": lw.fuse(pipe, experts, prompts, call=call, seed=seed, progress=False)}, METHODS["fused"]
-    )
+    fused = lw.attach(pipe, {"fused": cast.fuse(loras)}, METHODS["fused"])
     try:
         yield
     finally:
@@ -147,17 +150,20 @@ def cell(label: str, seed: int, args: argparse.Namespace, tiles: Any, judge: Com
     """Trains where there is something to train, and paints every composition of one cast."""
     pipe: Any = images.pipeline()
     pipe.set_progress_bar_config(disable=True)
-    mixture = learned = None
-    if label != "fused":
-        mixture = lw.attach(pipe, {name: f"zoo:images/{name}" for name in cast(seed)}, METHODS[label])
-        learned = train_gates(mixture, seed, args.steps) if label.startswith("mole") else None
+    learned = None
+    made: lw.Mixture | lw.GradientFusion
+    if label == "fused":
+        made = fusion(pipe, cast(seed), seed)
+    else:
+        made = lw.attach(pipe, {name: f"zoo:images/{name}" for name in cast(seed)}, METHODS[label])
+        learned = train_gates(made, seed, args.steps) if label.startswith("mole") else None
     rows, began = [], time.perf_counter()
     for number, one in enumerate(composed(cast(seed), seed)):
         size = len(one.loras)
         noises = [
             torch.Generator().manual_seed(1000 * seed + 10 * number + n) for n in range(min(args.noises, NOISES[size]))
         ]
-        with composing(pipe, mixture, one.loras, seed):
+        with composing(pipe, made, one.loras):
             pictures = pipe(
                 one.prompt,
                 generator=noises,

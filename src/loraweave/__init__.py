@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from loraweave.mixture import Mixture, attach
     from loraweave.persistence import load
     from loraweave.policies import CAT, Arrow, Composite, Linear, LoGo, LoRAFlow, LoRAHub, MoLE, Regional, Sum, Switch
-    from loraweave.training.fuse import fuse
+    from loraweave.training.fuse import GradientFusion, fuse
     from loraweave.training.images.objectives import ClipGuidance, Denoising
     from loraweave.training.images.train import train_images
     from loraweave.training.search import SearchResult, search
@@ -42,6 +42,7 @@ _HOME = {
     "Expert": "experts.types",
     "ExpertReport": "experts.inspection",
     "GateTrainer": "training.trainer",
+    "GradientFusion": "training.fuse",
     "Linear": "policies",
     "LoGo": "policies",
     "LoRAFlow": "policies",
@@ -79,6 +80,7 @@ __all__ = [
     "Expert",
     "ExpertReport",
     "GateTrainer",
+    "GradientFusion",
     "Linear",
     "LoGo",
     "LoRAFlow",

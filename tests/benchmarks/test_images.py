@@ -53,7 +53,7 @@ def test_fusion_paints_with_the_composition_alone(tmp_path: Path, monkeypatch: p
         return drawn
 
     bare = paint()
-    with run.composing(pipe, None, loras[:2], 0):
+    with run.composing(pipe, run.fusion(pipe, loras, 0), loras[:2]):
         pass
     assert paint() == bare
     prompts = {name: run.told_alone(name, 0) for name in loras}

@@ -80,6 +80,37 @@ def test_it_is_the_least_squares_solution(architecture: str) -> None:
     assert fused.factors.keys() == {path for one in experts.values() for path in one.factors}
 
 
+def test_sets_of_kept_inputs_are_as_if_fused_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any set, in any order, and without another pass over data that were seen."""
+    host = tiny.model("llama", torch.float64)
+    experts = tiny.experts(host, "llama", torch.float64)
+    settings: dict[str, Any] = {"progress": False, "batch_size": 3, "tokenizer": tiny.tokenizer(False)}
+    fusion = lw.GradientFusion(host, experts, DATA, weights={"bee": 0.5}, **settings)
+    passes: list[int] = []
+    host.register_forward_pre_hook(lambda *_: passes.append(1))
+    for names, more in ((["bee", "ant"], 3), (["cat", "bee"], 1), (["ant"], 0), (None, 0), (["ant", "cat"], 0)):
+        before = len(passes)
+        fused = fusion.fuse(names, ridge=RIDGE)
+        assert len(passes) - before == more  # ant's six examples are two passes
+        chosen = {name: experts[name] for name in names or experts}
+        weights = {"bee": 0.5} if "bee" in chosen else {}
+        expected = fuse(tiny.model("llama", torch.float64), chosen, {n: DATA[n] for n in chosen}, weights=weights)
+        assert fused.factors.keys() == expected.factors.keys()
+        for path, f in fused.factors.items():
+            assert_close(dense(f), dense(expected.factors[path]), atol=1e-8, rtol=1e-8)
+    passes.clear()
+    once = lw.GradientFusion(host, experts, DATA, keep=False, **settings)
+    assert [len(passes) for _ in range(2) if once.fuse(["cat"])] == [1, 2]
+    for names, said in (([], "expected at least one expert"), (["cow"], "unknown expert 'cow'")):
+        with pytest.raises(lw.LoraweaveError, match=said):
+            fusion.fuse(names)
+    mixture = lw.attach(host, experts, lw.Sum())
+    fusion.fuse(["ant", "bee"])  # needs no model any more
+    with pytest.raises(lw.LoraweaveError, match="already"):
+        once.fuse(["cat"])
+    mixture.detach()
+
+
 def test_strengths_are_as_if_the_loras_were_so_strong() -> None:
     """In the inputs that are gathered, and in what is kept; one at 0 keeps the bare model where its data go."""
     host = tiny.model("llama", torch.float64)

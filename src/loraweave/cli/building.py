@@ -57,7 +57,7 @@ def open_mixture(source: str, recipe: Recipe | None = None) -> Opened:
         return Opened(*build(recipe), recipe)
     mixture = lw.load(source)
     _place(mixture.model)
-    return Opened(mixture, load_tokenizer(mixture))
+    return Opened(mixture, load_tokenizer(mixture.model))
 
 
 def build(recipe: Recipe) -> tuple[Mixture, Any]:

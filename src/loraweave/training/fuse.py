@@ -6,8 +6,9 @@ module. The paper descends with L-BFGS; this is the minimum itself, in closed fo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -39,40 +40,18 @@ def fuse(
     experts: Mapping[str, str | Path | Expert] | Sequence[str | Path | Expert],
     data: Data,
     *,
-    weights: Mapping[str, float] | None = None,
     rank: int | None = None,
     ridge: float = 1e-6,
     name: str = "fused",
-    batch_size: int = 8,
-    tokenizer: Any = None,
-    max_input_length: int | None = None,
-    max_target_length: int | None = None,
-    call: Mapping[str, Any] | None = None,
-    seed: int = 0,
-    progress: bool = True,
+    **options: Any,
 ) -> Expert:
     """Fuse LoRAs into one ordinary LoRA that keeps what each does to its own data (Mix-of-Show's gradient fusion).
 
-    Each expert runs alone on its data, and the inputs of every extended module are gathered as ``C_i = sum X_i^T X_i``
-    over its tokens (``[in, in]``, float64; of a convolution the unfolded patches). Then ``dW (sum_i C_i + r I) =
-    sum_i dW_i C_i`` with ``r = ridge trace(sum_i C_i) / in``; an expert that does not extend a module has ``dW_i = 0``
-    there. Data count by their tokens, so give every expert about as much. The model is left as it was.
+    For several sets of the same LoRAs take :class:`GradientFusion`, which looks at each LoRA's data once.
 
     Args:
-        model: as for :func:`loraweave.attach`; nothing may be attached to it.
-        experts: as for :func:`loraweave.attach`.
-        data: expert -> what it was made for. For a pipeline: prompts, which are painted. Else examples, as
-            :func:`loraweave.train` takes them, or ready batches (dicts of tensors) to call the model with.
-        weights: strength of every expert that it names, in what is gathered and in what is kept; the others have 1.
-        rank: of the result at most (Eckart and Young); ``None`` keeps everything, at most the sum of the ranks.
-        ridge: what keeps the solution finite in directions no data go to; there the result changes nothing.
-        name: of the result.
-        batch_size: examples per pass.
-        tokenizer: for examples; default: the one beside the model's weights.
-        max_input_length, max_target_length: of examples, in tokens; see :func:`loraweave.train`.
-        call: further arguments of the pipeline's call, e.g. ``{"num_inference_steps": 30}``.
-        seed: of the noise that painting starts from; the n-th prompt of each expert has ``seed + n``.
-        progress: show a progress bar.
+        model, experts, data, options: as for :class:`GradientFusion`.
+        rank, ridge, name: as for :meth:`GradientFusion.fuse`.
 
     Returns:
         An expert at scale 1, as from :func:`loraweave.merge`; of a pipeline, ``write_lora_file`` in
@@ -84,83 +63,156 @@ def fuse(
     """
     checks.rank("fuse", rank)
     checks.finite("fuse", "ridge", ridge, above=0)
-    if batch_size < 1:
-        raise LoraweaveError(f"fuse batch_size: expected at least 1, got {batch_size}")
-    host = open_host(model)
-    read = resolve_experts(experts, host.read)
-    names = [expert.name for expert in read]
-    _check_data(data, names)
-    strengths = weight_vector("fuse", weights or {}, names, 1.0).tolist()
-    read = [expert.scaled(strength) for expert, strength in zip(read, strengths, strict=True)]
-    mixture = attach_read(host, list(read), Sum(), None)
-    try:
-        _check_convolutions(mixture)
-        if mixture.pipeline is not None:
-            if getattr(mixture.pipeline, "vae", None) is None:
-                raise LoraweaveError(f"fuse: {type(mixture.pipeline).__name__} has no VAE, which is not supported here")
-            inputs: dict[str, list[Any]] = {key: _prompts(key, items) for key, items in data.items()}
+    return GradientFusion(model, experts, data, keep=False, **options).fuse(rank=rank, ridge=ridge, name=name)
+
+
+class GradientFusion:
+    """Fuses any of some LoRAs, as :func:`fuse` does all; what each LoRA's data show is gathered once, and kept.
+
+    Each expert runs alone on its data, and the inputs of every extended module are gathered as ``C_i = sum X_i^T X_i``
+    over its tokens (``[in, in]``, float64; of a convolution the unfolded patches). Then ``dW (sum_i C_i + r I) =
+    sum_i dW_i C_i`` with ``r = ridge trace(sum_i C_i) / in``; an expert that does not extend a module has ``dW_i = 0``
+    there. Data count by their tokens, so give every expert about as much. The model is left as it was.
+
+    Args:
+        model: as for :func:`loraweave.attach`; nothing may be attached to it while this gathers.
+        experts: as for :func:`loraweave.attach`.
+        data: expert -> what it was made for. For a pipeline: prompts, which are painted. Else examples, as
+            :func:`loraweave.train` takes them, or ready batches (dicts of tensors) to call the model with.
+        weights: strength of every expert that it names, in what is gathered and in what is kept; the others have 1.
+        batch_size: examples per pass.
+        tokenizer: for examples; default: the one beside the model's weights.
+        max_input_length, max_target_length: of examples, in tokens; see :func:`loraweave.train`.
+        call: further arguments of the pipeline's call, e.g. ``{"num_inference_steps": 30}``.
+        seed: of the noise that painting starts from; the n-th prompt of each expert has ``seed + n``.
+        keep: keep what was gathered, ``8 in^2`` bytes per module and expert (some 2 GB an expert for a UNet of SD1.5
+            with LoRAs on all its attention and feed-forward layers), so that a second set need not gather it again.
+        progress: show a progress bar.
+
+    Raises:
+        LoraweaveError: an expert without data, or what :func:`loraweave.attach` raises.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        experts: Mapping[str, str | Path | Expert] | Sequence[str | Path | Expert],
+        data: Data,
+        *,
+        weights: Mapping[str, float] | None = None,
+        batch_size: int = 8,
+        tokenizer: Any = None,
+        max_input_length: int | None = None,
+        max_target_length: int | None = None,
+        call: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        keep: bool = True,
+        progress: bool = True,
+    ) -> None:
+        if batch_size < 1:
+            raise LoraweaveError(f"fuse batch_size: expected at least 1, got {batch_size}")
+        self._host = open_host(model)
+        read = resolve_experts(experts, self._host.read)
+        names = [expert.name for expert in read]
+        _check_data(data, names)
+        strengths = weight_vector("fuse", weights or {}, names, 1.0).tolist()
+        scaled = [expert.scaled(strength) for expert, strength in zip(read, strengths, strict=True)]
+        self._experts = {expert.name: expert for expert in scaled}
+        self._seed, self._call, self._keep, self._progress = seed, call or {}, keep, progress
+        self._kept: dict[str, Grams] = {}
+        if self._host.pipeline is not None:
+            if getattr(self._host.pipeline, "vae", None) is None:
+                raise LoraweaveError(
+                    f"fuse: {type(self._host.pipeline).__name__} has no VAE, which is not supported here"
+                )
+            self._inputs: dict[str, list[Any]] = {key: _prompts(key, items) for key, items in data.items()}
         else:
             lengths = {"max_input_length": max_input_length, "max_target_length": max_target_length}
-            inputs = {key: _batches(mixture, key, items, batch_size, tokenizer, lengths) for key, items in data.items()}
-        gathered = {path: Gathered(layer) for path, layer in mixture.layers.items()}
-        bar = tqdm(total=sum(map(len, inputs.values())), desc="fusing", unit="pass", disable=not progress)
-        with bar, torch.no_grad(), _still(mixture):
-            for expert in read:
-                with mixture.only(expert.name), _watching(gathered, expert):
-                    for number, item in enumerate(inputs[expert.name]):
-                        _run(mixture, item, seed + number, call or {})
-                        bar.update()
-                _check_gathered(gathered, expert)
-        base = getattr(mixture.model, "name_or_path", None) or None
-    finally:
-        mixture.detach()
-    factors = {}
-    for path, one in gathered.items():
-        fused = one.solved(path, ridge, rank)
-        if fused.rank > 0:
-            factors[path] = fused
-    if not factors:
-        raise LoraweaveError("fuse: the experts change nothing on these data, so there is no LoRA to make")
-    return Expert(name, factors, base=base)
+            encode = _Encoding(self._host.module, tokenizer, batch_size, lengths)
+            self._inputs = {key: encode(key, items) for key, items in data.items()}
+
+    def fuse(
+        self,
+        names: Sequence[str] | None = None,
+        *,
+        rank: int | None = None,
+        ridge: float = 1e-6,
+        name: str = "fused",
+    ) -> Expert:
+        """One LoRA of some of the experts.
+
+        Args:
+            names: which of them; ``None`` for all.
+            rank: of the result at most (Eckart and Young); ``None`` keeps everything, at most the sum of the ranks.
+            ridge: what keeps the solution finite in directions no data go to; there the result changes nothing.
+            name: of the result.
+
+        Raises:
+            LoraweaveError: an unknown expert, data that never reach a module which their expert extends, inputs that
+                are not finite, or something is attached to the model.
+        """
+        checks.rank("fuse", rank)
+        checks.finite("fuse", "ridge", ridge, above=0)
+        chosen = list(self._experts) if names is None else list(dict.fromkeys(names))
+        if not chosen:
+            raise LoraweaveError("fuse: expected at least one expert, got none")
+        for one in chosen:
+            if one not in self._experts:
+                raise unknown("expert", one, list(self._experts))
+        parts: dict[str, Fused] = {}
+        with closing(self._gathered([self._experts[one] for one in chosen])) as gathered:
+            for expert, grams in gathered:
+                for path, C in grams.items():
+                    if any(path in self._experts[one].factors for one in chosen):
+                        parts.setdefault(path, Fused()).add(expert.factors.get(path), C)
+        factors = {path: part.solved(path, ridge, rank) for path, part in parts.items()}
+        factors = {path: fused for path, fused in factors.items() if fused.rank > 0}
+        if not factors:
+            raise LoraweaveError("fuse: the experts change nothing on these data, so there is no LoRA to make")
+        return Expert(name, factors, base=getattr(self._host.module, "name_or_path", None) or None)
+
+    def _gathered(self, experts: Sequence[Expert]) -> Generator[tuple[Expert, Grams], None, None]:
+        missing = [expert for expert in experts if expert.name not in self._kept]
+        yield from ((expert, self._kept[expert.name]) for expert in experts if expert.name in self._kept)
+        if not missing:
+            return
+        mixture = attach_read(self._host, list(self._experts.values()), Sum(), None)
+        passes = sum(len(self._inputs[expert.name]) for expert in missing)
+        try:
+            _check_convolutions(mixture)
+            with tqdm(total=passes, desc="fusing", unit="pass", disable=not self._progress) as bar:
+                for expert in missing:
+                    with _still(mixture), mixture.only(expert.name), _watching(mixture) as watched, torch.no_grad():
+                        for number, item in enumerate(self._inputs[expert.name]):
+                            _run(mixture, item, self._seed + number, self._call)
+                            bar.update()
+                    grams = {path: watch.C for path, watch in watched.items() if watch.C is not None}
+                    _check_gathered(grams, expert)
+                    if self._keep:
+                        self._kept[expert.name] = grams
+                    yield expert, grams
+        finally:
+            mixture.detach()
 
 
-class Gathered:
-    """What one module was given, by all experts' data.
+Grams = Mapping[str, Tensor]
+"""Module -> ``C = sum X^T X`` of its inputs, ``[in, in]``; of an embedding the diagonal ``[in]``: how often each entry
+was looked up."""
 
-    Attributes:
-        C: ``[in, in]``, ``sum X^T X`` over all experts; of an embedding its diagonal ``[in]``, how often each entry
-            was looked up.
-        terms: by expert that extends the module: its factors and ``A_i C_i``, ``[rank, in]``.
-        tokens: how many inputs the expert now running has given.
-    """
+
+class _Watch:
+    """Gathers what one module is given."""
 
     def __init__(self, layer: MixingLayer) -> None:
         self.layer = layer
         self.C: Tensor | None = None
-        self.terms: list[tuple[LoraFactors, Tensor]] = []
-        self.tokens = 0
-
-    def begin(self, factors: LoraFactors | None) -> None:
-        """The next expert; ``None`` if it does not extend this module."""
-        self.tokens = 0
-        if factors is not None:
-            A = factors.A.detach().double().flatten(1)
-            self.terms.append((factors, torch.zeros_like(A)))
-        self._A = None if factors is None else A
 
     def add(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         """A forward pre-hook."""
         for X in self._inputs(args[0]):
-            embedding = self.layer.bank.embedding
-            size = self.layer.bank.A[0].numel()
-            new = X.bincount(minlength=size).double() if embedding else X.T @ X
-            self.C = new if self.C is None else self.C + new
-            self.tokens += len(X)
-            if self._A is not None:
-                self._A = self._A.to(X.device)
-                factors, seen = self.terms[-1]
-                more = self._A * new if embedding else (self._A @ X.T) @ X
-                self.terms[-1] = (factors, seen.to(X.device) + more)
+            new = X.bincount(minlength=self.layer.bank.A[0].numel()).double() if X.ndim == 1 else X.T @ X
+            if len(X):
+                self.C = new if self.C is None else self.C.add_(new)
 
     def _inputs(self, x: Tensor) -> Iterator[Tensor]:
         """``[tokens, in]`` in float64, of an embedding ``[tokens]``; padding left out."""
@@ -180,6 +232,21 @@ class Gathered:
             if mask is not None and mask.numel() == len(flat):
                 flat = flat[mask.flatten().bool().to(flat.device)]
             yield flat.double()
+
+
+class Fused:
+    """The sums over experts from which one module's LoRA is solved."""
+
+    def __init__(self) -> None:
+        self.C: Tensor | None = None
+        self.terms: list[tuple[LoraFactors, Tensor]] = []
+
+    def add(self, factors: LoraFactors | None, C: Tensor) -> None:
+        """An expert's inputs, and its factors if it extends the module: ``A_i C_i`` is ``[rank, in]``."""
+        self.C = C if self.C is None else self.C + C
+        if factors is not None:
+            A = factors.A.detach().to(C.device).double().flatten(1)
+            self.terms.append((factors, A * C if C.ndim == 1 else A @ C))
 
     def solved(self, path: str, ridge: float, rank: int | None) -> LoraFactors:
         """The fused LoRA: ``dW = sum_i s_i B_i (A_i C_i) (C + r I)^-1``, whose rank is at most the sum of ranks."""
@@ -206,26 +273,25 @@ class Gathered:
 
 
 @contextmanager
-def _watching(gathered: Mapping[str, Gathered], expert: Expert) -> Iterator[None]:
-    handles = []
-    for path, one in gathered.items():
-        one.begin(expert.factors.get(path))
-        handles.append(one.layer.register_forward_pre_hook(one.add))
+def _watching(mixture: Mixture) -> Iterator[dict[str, _Watch]]:
+    watched = {path: _Watch(layer) for path, layer in mixture.layers.items()}
+    handles = [watch.layer.register_forward_pre_hook(watch.add) for watch in watched.values()]
     try:
-        yield
+        yield watched
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _check_gathered(gathered: Mapping[str, Gathered], expert: Expert) -> None:
-    for path, one in gathered.items():
-        if path in expert.factors and one.tokens == 0:
+def _check_gathered(grams: Grams, expert: Expert) -> None:
+    for path in expert.factors:
+        if path not in grams:
             raise LoraweaveError(
                 f"fuse: the data of expert {expert.name!r} never reach {path!r}, which it extends, so nothing tells "
                 "what to keep there; give data that do"
             )
-        if one.C is not None and not one.C.isfinite().all():
+    for path, C in grams.items():
+        if not C.isfinite().all():
             raise LoraweaveError(
                 f"fuse: on the data of expert {expert.name!r} the inputs of {path!r} are not finite; use another dtype "
                 "or check the expert"
@@ -256,25 +322,32 @@ def _prompts(expert: str, items: Any) -> list[str]:
     return prompts
 
 
-def _batches(
-    mixture: Mixture, expert: str, items: Any, size: int, tokenizer: Any, lengths: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    if not isinstance(items, str | Path) and isinstance(items, Iterable) and not isinstance(items, Mapping):
-        items = list(items)
-        if not items:
-            raise LoraweaveError(f"data of expert {expert!r}: empty; give examples or batches")
-        if all(isinstance(b, Mapping) and b and all(isinstance(v, Tensor) for v in b.values()) for b in items):
-            return [dict(batch) for batch in items]
-    examples = read_examples(items)
-    tokenizer = tokenizer or load_tokenizer(mixture)
-    seq2seq = bool(getattr(mixture.model.config, "is_encoder_decoder", False))
-    rows = [encode_example(tokenizer, e, is_encoder_decoder=seq2seq, **lengths) for e in examples]
-    collate = Collator(tokenizer)
-    batches = [collate(rows[first : first + size]) for first in range(0, len(rows), size)]
-    if seq2seq:  # a decoder reads the answer shifted by one, so the n-th input is real where the n-th label is
-        for batch in batches:
-            batch["decoder_attention_mask"] = (batch["labels"] != IGNORED).long()
-    return batches
+@dataclass(frozen=True)
+class _Encoding:
+    """Examples as batches for a model."""
+
+    model: nn.Module
+    tokenizer: Any
+    size: int
+    lengths: Mapping[str, Any]
+
+    def __call__(self, expert: str, items: Any) -> list[dict[str, Any]]:
+        if not isinstance(items, str | Path) and isinstance(items, Iterable) and not isinstance(items, Mapping):
+            items = list(items)
+            if not items:
+                raise LoraweaveError(f"data of expert {expert!r}: empty; give examples or batches")
+            if all(isinstance(b, Mapping) and b and all(isinstance(v, Tensor) for v in b.values()) for b in items):
+                return [dict(batch) for batch in items]
+        examples = read_examples(items)
+        tokenizer = self.tokenizer or load_tokenizer(self.model)
+        seq2seq = bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
+        rows = [encode_example(tokenizer, e, is_encoder_decoder=seq2seq, **self.lengths) for e in examples]
+        collate = Collator(tokenizer)
+        batches = [collate(rows[first : first + self.size]) for first in range(0, len(rows), self.size)]
+        if seq2seq:  # a decoder reads the answer shifted by one, so the n-th input is real where the n-th label is
+            for batch in batches:
+                batch["decoder_attention_mask"] = (batch["labels"] != IGNORED).long()
+        return batches
 
 
 def _run(mixture: Mixture, item: Any, seed: int, call: Mapping[str, Any]) -> None:

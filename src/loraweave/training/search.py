@@ -119,7 +119,7 @@ def search(
     rows = read_examples(data)
     if examples is not None and examples < len(rows):
         rows = random.Random(seed).sample(rows, examples)
-    tokenizer = tokenizer or load_tokenizer(mixture)
+    tokenizer = tokenizer or load_tokenizer(mixture.model)
     encoded = [
         encode_example(
             tokenizer,

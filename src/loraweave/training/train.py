@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from loraweave.errors import LoraweaveError
 from loraweave.evaluation.data import ExampleSource, read_examples
 from loraweave.mixture import Mixture
@@ -89,7 +91,7 @@ def train(
             raise LoraweaveError(f"{name}: expected at least 1, got {value}")
     if resume and output_dir is None:
         raise LoraweaveError("resume: nothing to resume from; give the output_dir of the run that was cut off")
-    tokenizer = tokenizer or load_tokenizer(mixture)
+    tokenizer = tokenizer or load_tokenizer(mixture.model)
     seq2seq = bool(getattr(mixture.model.config, "is_encoder_decoder", False))
     rows = [
         encode_example(
@@ -152,7 +154,7 @@ def default_learning_rate(mixture: Mixture) -> float:
     return min((getattr(g, "suggested_learning_rate", LEARNING_RATE) for g in mixture.gates.values()), default=1.0)
 
 
-def load_tokenizer(mixture: Mixture) -> Any:
+def load_tokenizer(model: nn.Module) -> Any:
     """The tokenizer that lies beside the model's weights.
 
     Raises:
@@ -160,7 +162,7 @@ def load_tokenizer(mixture: Mixture) -> Any:
     """
     from transformers import AutoTokenizer
 
-    place = getattr(mixture.model, "name_or_path", "")
+    place = getattr(model, "name_or_path", "")
     if not place:
         raise LoraweaveError("tokenizer: this model was not loaded from a folder or the hub; pass tokenizer=")
     try:
