@@ -25,7 +25,7 @@ from loraweave.evaluation.comparison import SINGLE, Run, costs, retention, summa
 from loraweave.files import write_json_atomic, write_text_atomic
 from loraweave.policies import Sum
 from loraweave.recipe import check_recipe
-from loraweave.recipe_yaml import override
+from loraweave.recipe.reading import override
 from loraweave.reporting.tables import SUMMARY, summary_rows, to_markdown
 from loraweave.zoo.tasks import Task
 

@@ -16,7 +16,7 @@ from typing import Any
 from loraweave.cli.comparing import compare
 from loraweave.files import write_json_atomic, write_text_atomic
 from loraweave.recipe import check_recipe
-from loraweave.recipe_yaml import override
+from loraweave.recipe.reading import override
 from loraweave.reporting.tables import to_markdown
 
 RESULTS = Path(__file__).parent / "results"

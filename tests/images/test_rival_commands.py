@@ -17,7 +17,7 @@ from loraweave.cli import main
 from loraweave.errors import LoraweaveError
 from loraweave.integrations.diffusers import load_pipeline
 from loraweave.recipe import check_recipe, load_recipe
-from loraweave.recipe_files import needs
+from loraweave.recipe.needs import needs
 
 COMPARE = {
     "merge": {"name": "sum"},

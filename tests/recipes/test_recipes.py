@@ -12,7 +12,7 @@ import pytest
 
 from loraweave.cli import main
 from loraweave.recipe import load_recipe
-from loraweave.recipe_files import needs
+from loraweave.recipe.needs import needs
 
 ROOT = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(ROOT.glob("**/*.yaml"))

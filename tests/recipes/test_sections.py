@@ -9,8 +9,8 @@ import pytest
 
 from loraweave.errors import LoraweaveError
 from loraweave.recipe import check_recipe, load_recipe
-from loraweave.recipe_files import Need, needs
-from loraweave.recipe_testbed import small_form
+from loraweave.recipe.needs import Need, needs
+from loraweave.recipe.testbeds import small_form
 from loraweave.reporting.published import published_rows, published_table
 
 HERO = {"category": "character", "name": "a hero", "triggers": ["sks hero", "red hair"]}

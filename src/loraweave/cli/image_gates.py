@@ -12,7 +12,7 @@ from loraweave.errors import LoraweaveError
 from loraweave.integrations.diffusers import load_pipeline
 from loraweave.mixture import attach
 from loraweave.recipe import Recipe
-from loraweave.recipe_images import Images
+from loraweave.recipe.images import Images
 from loraweave.training.images.checkpoints import whole
 from loraweave.training.images.pictures import files_of
 from loraweave.training.images.train import train_images

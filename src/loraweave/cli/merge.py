@@ -97,14 +97,14 @@ def _sources(loras: Sequence[str], named: Sequence[str]) -> dict[str, str]:
 
 
 def _settings(assignments: Sequence[str]) -> dict[str, Any]:
-    from loraweave import recipe_yaml
+    from loraweave.recipe import reading
 
     settings: dict[str, Any] = {}
     for assignment in assignments:
         option, _ = _pair(assignment, "--set", "OPTION=VALUE")
         if option in settings:
             raise LoraweaveError(f"--set {assignment}: {option!r} is set twice")
-        recipe_yaml.override(settings, assignment)
+        reading.override(settings, assignment)
     return settings
 
 

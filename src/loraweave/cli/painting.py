@@ -23,8 +23,8 @@ from loraweave.integrations.rivals import Loading
 from loraweave.mixture import Mixture, attach
 from loraweave.policies import Composite, Sum, Switch, registry
 from loraweave.recipe import Recipe
-from loraweave.recipe_rivals import Rival
-from loraweave.recipe_testbed import Testbed
+from loraweave.recipe.rivals import Rival
+from loraweave.recipe.testbeds import Testbed
 from loraweave.reporting.sheets import contact_sheet
 from loraweave.training.learn import learns
 

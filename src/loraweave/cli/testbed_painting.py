@@ -29,8 +29,8 @@ from loraweave.integrations.rivals import Loading
 from loraweave.mixture import Mixture, attach
 from loraweave.policies import Sum, registry
 from loraweave.recipe import Recipe
-from loraweave.recipe_rivals import Rival
-from loraweave.recipe_testbed import CompositionSet, Testbed
+from loraweave.recipe.rivals import Rival
+from loraweave.recipe.testbeds import CompositionSet, Testbed
 from loraweave.training.learn import learns
 
 SETTINGS, PICTURES, SCORES = "testbed.json", "pictures.jsonl", "alignment.json"

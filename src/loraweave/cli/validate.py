@@ -17,7 +17,7 @@ def _run(options: argparse.Namespace) -> None:
 
     from loraweave.errors import LoraweaveError
     from loraweave.recipe import load_recipe
-    from loraweave.recipe_files import needs
+    from loraweave.recipe.needs import needs
 
     missing = 0
     for path in options.recipes:

@@ -13,7 +13,7 @@ from torch import Tensor
 from loraweave.errors import LoraweaveError
 from loraweave.evaluation.data import read_rows
 from loraweave.evaluation.image_metrics import Clip, Looks, distinctness
-from loraweave.recipe_testbed import Testbed
+from loraweave.recipe.testbeds import Testbed
 
 _KINDS = (".png", ".jpg", ".jpeg", ".webp")
 _AT_ONCE = 64

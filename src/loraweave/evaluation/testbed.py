@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from loraweave.errors import LoraweaveError, unknown
 from loraweave.recipe import Recipe
-from loraweave.recipe_testbed import CompositionSet, Testbed
+from loraweave.recipe.testbeds import CompositionSet, Testbed
 
 
 def testbed_of(recipe: Recipe) -> Testbed:

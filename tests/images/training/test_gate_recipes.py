@@ -18,7 +18,7 @@ import loraweave as lw
 from loraweave.cli import main
 from loraweave.errors import LoraweaveError
 from loraweave.recipe import check_recipe, load_recipe
-from loraweave.recipe_files import needs
+from loraweave.recipe.needs import needs
 
 CLIP = {"objective": "clip", "clip": "clip", "prompts": lessons.PROMPTS, "concepts": {"hero": "hero"},
         "references": {"coat": "pictures"}, "size": [16, 16], "steps": 2, "crops": 2, "guidance": 2.0}  # fmt: skip

@@ -21,19 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from loraweave.errors import LoraweaveError, unknown
+from loraweave.recipe.parts import Part
 
 PIECEWISE = ("train", "generation")
 """Sections of which a small form changes single fields; others it replaces."""
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Published(_Part):
+class Published(Part):
     """Figures of a paper, which stand beside ours."""
 
     source: str = Field(description="paper and table")
@@ -48,7 +45,7 @@ class Published(_Part):
         return scores
 
 
-class Element(_Part):
+class Element(Part):
     """What one expert of a test bed paints."""
 
     category: str = Field(default="element", description="a set has at most one element of each")
@@ -68,7 +65,7 @@ class CompositionSet:
         return "+".join(self.experts)
 
 
-class Testbed(_Part):
+class Testbed(Part):
     """Which elements are composed with which, and how the pictures are painted."""
 
     elements: dict[str, Element] = Field(min_length=1, description="expert -> what it paints")

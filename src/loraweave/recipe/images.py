@@ -21,19 +21,18 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from loraweave.errors import LoraweaveError, unknown
+from loraweave.recipe.parts import Part
 
 _BOTH = {"objective", "size", "sample_every"}
 _DENOISING = {"pictures"}
 _TEXT_ONLY = ("max_input_length", "max_target_length", "gradient_accumulation_steps")
 
 
-class Images(BaseModel):
+class Images(Part):
     """What gates of a pipeline learn from: CLIP's judgement of their pictures, or pictures to denoise."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     objective: Literal["clip", "denoising"] = Field(description="see loraweave.ClipGuidance and loraweave.Denoising")
     size: tuple[int, int] | None = Field(

@@ -19,187 +19,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from loraweave import recipe_yaml
 from loraweave.errors import LoraweaveError, unknown
-from loraweave.recipe_images import Images
-from loraweave.recipe_merge import Merge
-from loraweave.recipe_rivals import KINDS, Rival
-from loraweave.recipe_testbed import Published, Testbed, small_form
+from loraweave.recipe import reading
+from loraweave.recipe.images import Images
+from loraweave.recipe.merge import Merge
+from loraweave.recipe.methods import Contender, Method, contender_fields
+from loraweave.recipe.parts import ZOO, ZOO_IMAGES, ZOO_PREFIX, Data, Generation, Part, Train
+from loraweave.recipe.testbeds import Published, Testbed, small_form
 
 if TYPE_CHECKING:
     from loraweave.experts.types import Expert
 
-ZOO = "zoo"
-ZOO_PREFIX = "zoo:"
-ZOO_IMAGES = "zoo:images"
 
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Method(_Part):
-    """A policy by its name, with any of its options beside it."""
-
-    model_config = ConfigDict(extra="allow")
-
-    name: str = Field(default="mole", description="sum, linear, mole ...; further fields are the policy's own options")
-
-    @model_validator(mode="after")
-    def _known(self) -> Method:
-        self.policy()
-        return self
-
-    def policy(self) -> Any:
-        """The policy itself.
-
-        Raises:
-            LoraweaveError: unknown name or option, or an option that the policy refuses.
-        """
-        from loraweave import policies  # noqa: F401  # fills the registry
-        from loraweave.policies import registry
-
-        return registry.from_dict(self.model_dump())
-
-
-class Contestant(Method):
-    """A policy, or a yardstick that a comparison alone knows: ``fresh_lora``, ``merged``, ``best_single`` ..."""
-
-    def policy(self) -> Any:
-        """The policy or the yardstick.
-
-        Raises:
-            LoraweaveError: as :meth:`Method.policy`.
-        """
-        from loraweave.evaluation.yardsticks import YARDSTICKS
-        from loraweave.policies import registry
-
-        if self.name in YARDSTICKS:
-            options = {key: value for key, value in self.model_dump().items() if key != "name"}
-            return registry.build(YARDSTICKS[self.name], self.name, options)
-        if self.name not in registry.names():
-            raise unknown("method", self.name, [*registry.names(), *YARDSTICKS])
-        return super().policy()
-
-
-class Contender(Rival):
-    """A method that takes part in a comparison, and what it does differently from ``train``; or no method of ours."""
-
-    method: Contestant = Field(default_factory=Contestant)
-    train: dict[str, Any] = Field(default={}, description="fields of 'train' that differ for this method")
-    saved: str | None = Field(
-        default=None,
-        description="pictures: folder of a mixture that 'loraweave train' saved, with its method and gates",
-    )
-
-    @model_validator(mode="after")
-    def _either(self) -> Contender:
-        if self.saved is not None and self.model_fields_set & {"method", "train"}:
-            raise LoraweaveError("a saved mixture brings its own trained method; remove what stands beside 'saved'")
-        if self.kind is not None and self.model_fields_set & {"method", "train", "saved"}:
-            raise LoraweaveError(f"{self.kind}: it is no mixture; remove 'method', 'train' and 'saved' beside it")
-        return self
-
-
-class Task(_Part):
-    """The data of one task."""
-
-    train: str | None = Field(default=None, description="jsonl file, or zoo:FAMILY/VARIANT")
-    test: str | None = Field(default=None, description="jsonl file, or zoo:FAMILY/VARIANT")
-    metric: str | None = Field(default=None, description="default: the data's metric, or the generated task's own")
-    expert: str | None = Field(default=None, description="whose task it is, for retention; default: the task's name")
-
-    @field_validator("metric")
-    @classmethod
-    def _metric(cls, name: str | None) -> str | None:
-        return _known_metric(name)
-
-    @field_validator("train", "test")
-    @classmethod
-    def _generated(cls, source: str | None) -> str | None:
-        if source is not None and source.startswith(ZOO_PREFIX):
-            from loraweave.zoo import tasks
-
-            tasks.get(source.removeprefix(ZOO_PREFIX))
-        return source
-
-
-class Data(_Part):
-    """What is trained and tested on: one ``train`` and ``test``, or several named ``tasks``."""
-
-    train: str | None = Field(default=None, description="jsonl file with 'input' and 'target'")
-    test: str | None = Field(default=None, description="jsonl file with 'input' and 'target'")
-    metric: str | None = Field(default=None, description="default: exact_match")
-    tasks: dict[str, Task] = Field(
-        default={}, description="name -> its data; a task may be given as zoo:FAMILY/VARIANT"
-    )
-    train_items: int | None = Field(default=None, ge=1, description="most items per task to train on")
-    test_items: int | None = Field(default=None, ge=1, description="most items per task to test on")
-
-    @field_validator("metric")
-    @classmethod
-    def _metric(cls, name: str | None) -> str | None:
-        return _known_metric(name)
-
-    @field_validator("tasks", mode="before")
-    @classmethod
-    def _short_form(cls, tasks: Any) -> Any:
-        if not isinstance(tasks, Mapping):
-            return tasks
-        return {name: {"train": t, "test": t} if isinstance(t, str) else t for name, t in tasks.items()}
-
-    @model_validator(mode="after")
-    def _one_form(self) -> Data:
-        if self.tasks and (self.train or self.test):
-            raise LoraweaveError("expected either 'train' and 'test' or 'tasks', got both; move the files to a task")
-        return self
-
-    def by_task(self) -> dict[str, Task]:
-        """Task -> its data; a single ``train`` and ``test`` is one task called ``test``."""
-        if self.tasks:
-            return dict(self.tasks)
-        return {"test": Task(train=self.train, test=self.test)} if self.train or self.test else {}
-
-
-class Train(_Part):
-    """How gates are trained; what is left out takes the defaults of :func:`loraweave.train`."""
-
-    steps: int | None = Field(default=None, ge=1)
-    learning_rate: float | None = Field(default=None, gt=0)
-    batch_size: int | None = Field(default=None, ge=1)
-    balance: float | None = Field(default=None, ge=0, description="weight of the balance loss; default: the method's")
-    warmup_steps: int | None = Field(default=None, ge=0)
-    seed: int = Field(default=0, ge=0)
-    seeds: tuple[int, ...] = Field(default=(), description="of a comparison; default: just 'seed'")
-    max_input_length: int | None = Field(default=None, ge=1, description="tokens")
-    max_target_length: int | None = Field(default=None, ge=1, description="tokens")
-    bf16: bool = False
-    gradient_accumulation_steps: int | None = Field(default=None, ge=1)
-
-    @field_validator("seeds")
-    @classmethod
-    def _different(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(seeds)) < len(seeds) or any(seed < 0 for seed in seeds):
-            raise LoraweaveError(f"expected different numbers of at least 0, got {list(seeds)}")
-        return seeds
-
-    def options(self) -> dict[str, Any]:
-        """What to pass on to :func:`loraweave.train`."""
-        return self.model_dump(exclude={"seeds"}, exclude_defaults=True) | {"seed": self.seed}
-
-
-class Generation(_Part):
-    """How answers are generated."""
-
-    max_new_tokens: int = Field(default=64, ge=1)
-    num_beams: int = Field(default=1, ge=1)
-    batch_size: int = Field(default=32, ge=1)
-    max_input_length: int | None = Field(default=None, ge=1, description="tokens; longer inputs are cut")
-
-
-class Recipe(_Part):
+class Recipe(Part):
     """Everything from which a mixture is built, trained and judged."""
 
     base: str = Field(description="folder or hub id of the base model, or 'zoo', or 'zoo:images'")
@@ -260,7 +94,7 @@ class Recipe(_Part):
             compare = dict(zip(map(str, labels), compare, strict=True))
         if not isinstance(compare, Mapping):
             return compare
-        return {label: _contender(label, entry) for label, entry in compare.items()}
+        return {label: contender_fields(label, entry) for label, entry in compare.items()}
 
     @model_validator(mode="after")
     def _experts_of_tasks(self) -> Recipe:
@@ -323,20 +157,20 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, small: bool 
     Args:
         path: a YAML file.
         overrides: ``train.steps=100``, ``method.scale=4``: fields to set after reading, values in YAML.
-        small: take its small form, see :func:`loraweave.recipe_testbed.small_form`.
+        small: take its small form, see :func:`loraweave.recipe.testbeds.small_form`.
 
     Raises:
         LoraweaveError: the file cannot be read or is not YAML, or a field is unknown or wrong. One line per problem.
     """
     place = Path(path)
-    content = recipe_yaml.read(place)
+    content = reading.read(place)
     if small:
         try:
             content = small_form(content)
         except LoraweaveError as error:
             raise LoraweaveError(f"{path}: {error}") from error
     for override in overrides:
-        recipe_yaml.override(content, override)
+        reading.override(content, override)
     return check_recipe(content, str(path), place.parent)
 
 
@@ -352,44 +186,6 @@ def check_recipe(content: Mapping[str, Any], name: str, folder: Path) -> Recipe:
 def recipe_schema() -> str:
     """The JSON schema of recipes, for editors that complete YAML."""
     return json.dumps(Recipe.model_json_schema(), indent=2)
-
-
-def _known_metric(name: str | None) -> str | None:
-    if name is not None:
-        from loraweave.evaluation.metrics import get_metric
-
-        get_metric(name)
-    return name
-
-
-def _contender(label: str, entry: Any) -> Any:
-    """``mole``, ``{scale: 1}`` under the label ``mole``, ``{name: mole, train: {...}}``, ``{saved: folder}``, or
-    ``{dreambooth: folder}`` -> a contender's fields."""
-    if entry is None:
-        entry = {}
-    if isinstance(entry, str):
-        entry = {"name": entry}
-    if not isinstance(entry, Mapping) or ("method" in entry and not _mixes_random(label, entry)):
-        return entry
-    if "saved" in entry:
-        # What stands beside it is refused by the contender itself.
-        given = {name: value for name, value in entry.items() if name in ("saved", "train")}
-        return given if given == entry else {**given, "method": {}}
-    if any(kind in entry for kind in KINDS):
-        return entry
-    options = {"name": label, **entry}
-    train = options.pop("train", {})
-    if isinstance(inner := options.get("method"), str):
-        options["method"] = {"name": inner}
-    return {"method": options, "train": train}
-
-
-def _mixes_random(label: str, entry: Mapping[str, Any]) -> bool:
-    """Whether ``method`` is the option of ``random``, which has one called so, and not the long form's field."""
-    if "name" in entry:
-        return bool(entry["name"] == "random")
-    whole = isinstance(entry["method"], Mapping) and entry["method"].get("name") == "random"
-    return label == "random" and "train" not in entry and not whole
 
 
 def _placed(recipe: Recipe, folder: Path) -> Recipe:
@@ -429,10 +225,10 @@ def _problems(error: ValidationError, inside: str = "") -> list[str]:
 
 
 def _problem(problem: Any, inside: str) -> str:
-    where = recipe_yaml.field_name((inside, *problem["loc"]) if inside else problem["loc"])
-    given = recipe_yaml.short(problem["input"])
+    where = reading.field_name((inside, *problem["loc"]) if inside else problem["loc"])
+    given = reading.short(problem["input"])
     if problem["type"] == "extra_forbidden":
-        known = recipe_yaml.fields_at(Train if inside else Recipe, problem["loc"][:-1])
+        known = reading.fields_at(Train if inside else Recipe, problem["loc"][:-1])
         wrong = unknown("field", str(problem["loc"][-1]), known)
         return f"{where}: {wrong}"
     if problem["type"] == "missing":

@@ -19,9 +19,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from loraweave.errors import LoraweaveError, unknown
+from loraweave.recipe.parts import Part
 
 if TYPE_CHECKING:
     from loraweave.experts.types import Expert
@@ -31,11 +32,7 @@ LOADED = ("textual_inversion", "custom_diffusion", "dreambooth", "svdiff")
 KINDS = (*LOADED, "fuse")
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Fusion(_Part):
+class Fusion(Part):
     """Gradient fusion of the recipe's LoRAs into one: see :func:`loraweave.fuse`."""
 
     prompts: dict[str, tuple[str, ...]] = Field(
@@ -100,7 +97,7 @@ class Fusion(_Part):
             mixture.detach()
 
 
-class Rival(_Part):
+class Rival(Part):
     """A contestant that is no mixture; at most one of the kinds."""
 
     textual_inversion: dict[str, str] = Field(

@@ -7,7 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraweave.recipe import ZOO, ZOO_PREFIX, Recipe
+from loraweave.recipe.parts import ZOO, ZOO_PREFIX
+from loraweave.recipe.recipe import Recipe
 
 _HUB = re.compile(r"[\w.-]+/[\w.-]+")
 

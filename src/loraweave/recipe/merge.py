@@ -12,18 +12,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from loraweave.errors import LoraweaveError, unknown
+from loraweave.recipe.parts import Part
 
 if TYPE_CHECKING:
     from loraweave.experts.types import Expert
 
 
-class Merge(BaseModel):
+class Merge(Part):
     """One merged expert: a merging method with any of its options beside it, or arithmetic."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow")
 
     experts: dict[str, str] = Field(description="name -> PEFT folder, hub id or zoo:NAME")
     method: str | None = Field(default=None, description="concat, ties, svd ...; further fields are its options")
