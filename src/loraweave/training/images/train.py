@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from loraweave.errors import LoraweaveError, TriggerWarning, unknown
@@ -25,6 +25,7 @@ from loraweave.training import objective as gates
 from loraweave.training.images import checkpoints
 from loraweave.training.images.objectives import ClipGuidance, Denoising, Draw, Lesson
 from loraweave.training.interrupts import undivided
+from loraweave.training.sharded import average_gradients
 from loraweave.training.standards import MEASURED_BATCHES, measure
 from loraweave.training.train import TrainingResult, default_learning_rate
 
@@ -159,7 +160,8 @@ def train_images(
                         "in bf16 or full precision"
                     )
                 accelerator.backward(loss)
-                _average(learned, accelerator)
+                if accelerator.num_processes > 1:
+                    average_gradients(accelerator, learned)
                 norm = accelerator.clip_grad_norm_(learned, 1.0)
                 told = _log(mixture, accelerator.reduce(task.detach(), "mean"), shares, norm)
                 with undivided():
@@ -248,18 +250,6 @@ def _pass(mixture: Mixture, lesson: Lesson, draws: Sequence[Draw], accelerator: 
     mine = shares.mean(0)
     # Of all processes in value, of this one in gradient: the mean of the gradients is then the whole batch's.
     return task, mine + (accelerator.reduce(mine.detach().clone(), "mean") - mine.detach())
-
-
-def _average(parameters: Sequence[nn.Parameter], accelerator: Any) -> None:
-    """Gradients of all processes; the gates are small, so one message holds them."""
-    if accelerator.num_processes == 1:
-        return
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    flat = accelerator.reduce(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]), "mean")
-    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = part.view_as(parameter).clone()
 
 
 @torch.no_grad()
