@@ -69,7 +69,7 @@ def text(data: Path) -> Iterator[str]:
     """Text the tokenizer is trained on: that of the bundled base, captions, and inputs with many names."""
     yield from mix.tokenizer_text(data)
     for lines in sentences(data).values():
-        yield from random.Random(0).sample(lines, 20_000)
+        yield from random.Random(0).sample(lines, min(20_000, len(lines)))
     for name in ("webnlg", "sst2", "ag_news_testpart"):
         for row in mix.read_jsonl(data / name / "train.jsonl")[:6000]:
             yield row["input"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import random
 from dataclasses import replace
@@ -133,6 +134,37 @@ def test_the_larger_base_learns_neither_skills_nor_targets() -> None:
     assert not taught & {lora.data.removeprefix("data:") for lora in (*larger.SKILLS, *larger.CEILINGS)}
     assert not taught & set(larger.TARGETS.values())
     assert sum(larger_base.TAUGHT.values()) + sum(larger_base.FILLED.values()) < 100
+
+
+def test_what_the_larger_base_reads(tmp_path: Path) -> None:
+    """Every set in its share, captions in their own language, and a tokenizer from all of it."""
+    skills = ("webnlg", "sst2", "ag_news_testpart", "e2e", "rnnlg/restaurant", "rnnlg/hotel", "rnnlg/tv")
+    for name in (*larger_base.TAUGHT, *skills):
+        row = {
+            "input": f"{name}: a",
+            "target": "b",
+            "premise": "three four five words",
+            "hypothesis": "h",
+            "explanation": "one two three four five",
+        }
+        (tmp_path / name).mkdir(parents=True)
+        for part in ("train", "validation"):
+            (tmp_path / name / f"{part}.jsonl").write_text(f"{json.dumps(row)}\n" * 40)
+    (tmp_path / "pretrain_text").mkdir()
+    for name in (*(f"captions.{code}" for code in larger_base.LANGUAGES.values()), *larger_base.STORIES):
+        lines = "".join(f"sentence number {i} of {name}\n" for i in range(20))
+        (tmp_path / "pretrain_text" / f"{name}.txt.gz").write_bytes(gzip.compress(lines.encode()))
+    drawn = [row[0] for row in itertools.islice(larger_base.stream(tmp_path, "0", ["a", "b"]), 2000)]
+    shares = {group: drawn.count(group) / 20 for group in set(drawn)}
+    for group, share in (larger_base.TAUGHT | {f"fill {k}": v for k, v in larger_base.FILLED.items()}).items():
+        more = 0.66 if group == "snli" else 0.0  # 3 % of the bundled rows, which are 22 %
+        assert shares[group] == pytest.approx(share + more, abs=4 * (share / 20) ** 0.5), group
+    german = larger_base.fill_row(random.Random(0), "German", larger_base.sentences(tmp_path)["German"])
+    assert german[1].startswith("fill in German: sentence number")
+    assert german[2].endswith("captions.de")
+    assert {"webnlg: a", "sentence number 3 of captions.cs"} <= set(larger_base.text(tmp_path))
+    held_out = {row[0] for row in larger_base.validation(tmp_path, 0, ["a", "b"])}
+    assert set(larger_base.TAUGHT) <= held_out
 
 
 def test_growth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
