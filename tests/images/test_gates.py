@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from torch.testing import assert_close
 
 import loraweave as lw
@@ -47,6 +48,41 @@ def test_modulation_decides_before_it_is_used(
     first = pipes.latents(pipe)
     pipes.latents(pipe, prompt="another prompt", seed=1)  # what a run decided does not leak into the next
     assert_close(pipes.latents(pipe), first, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd3"])
+@pytest.mark.parametrize("granularity", ["matrix", "layer", "block", "network"])
+def test_sites_are_led_by_who_runs_first(kind: str, granularity: Any, attach: Any, tmp_path: Any) -> None:
+    """UNets register their attentions before the resnets that they call first, and the way up before the middle."""
+    pipe = pipes.make(kind)
+    if kind == "sd15":  # attention in the first stage of all, as in the original
+        reversed_types = {f"{way}_block_types": pipe.unet.config[f"{way}_block_types"][::-1] for way in ("down", "up")}
+        pipe.unet = UNet2DConditionModel.from_config(pipe.unet.config, **reversed_types).double()
+    endings = (
+        *pipes.ATTENTION,
+        *pipes.CONVS,
+        *pipes.OTHERS,
+        "conv_in",
+        "conv_out",
+        "conv2",
+        "upsamplers.0.conv",
+        "ff.net.2",
+    )
+    chosen = pipes.targets(pipe, endings)
+    files = {"one": pipes.write(tmp_path / "one.safetensors", pipes.factors(chosen, 1, rank=2))}
+    mixture = attach(pipe, files, lw.MoLE(granularity))
+    ran: list[str] = []
+    for path, layer in mixture.layers.items():
+        layer.register_forward_pre_hook(lambda *_, path=path: ran.append(path))
+    pipes.latents(pipe)
+    order = {path: n for n, path in reversed(list(enumerate(ran)))}
+    leaders = [site.plan.members[0] for site in mixture.sites]
+    for site, leader in zip(mixture.sites, leaders, strict=True):
+        assert leader == min(site.plan.members, key=order.__getitem__)
+    for stream in {site.plan.stream for site in mixture.sites}:
+        own = [site for site in mixture.sites if site.plan.stream == stream]
+        (first,) = [site.plan.members[0] for site in own if site.plan.first]
+        assert first == min((site.plan.members[0] for site in own), key=order.__getitem__)
 
 
 def test_a_gate_that_has_not_decided_is_an_error_and_no_stale_weight(sets: Any, attach: Any) -> None:

@@ -29,6 +29,9 @@ _TEXT = re.compile(
 )
 # Parts of transformer blocks that read the time (and pooled prompt), one vector a row, before any token is read.
 _TIME = re.compile(r"\.norm\w*\.linear$")
+_STAGES = ("down_blocks", "mid_block", "up_blocks")
+_PARTS = ("resnets", "attentions", "motion_modules")  # and last of all what changes the size
+_UNET_PART = re.compile(rf"\.({'|'.join(_STAGES)})(?:\.(\d+))?\.(\w+)\.(\d+)")
 _STAGE = re.compile(r"(Up|Down|Mid)Block")
 _UNBATCHED = frozenset({"img_ids", "txt_ids", "image_rotary_emb"})
 _TIMES = ("timestep", "timesteps", "t")
@@ -168,6 +171,7 @@ def open_pipeline(pipe: Any, blocks: Iterable[str] | None = None) -> Host:
         stream_of=partial(_stream_of, module),
         blocks=found,
         staging=staging,
+        turn_of=_turn_of,
     )
     return Host(
         module,
@@ -187,6 +191,18 @@ def _stream_of(module: Components, path: str) -> str:
     owner, _, leaf = path.rpartition(".")
     crosses = leaf in ("to_k", "to_v") and getattr(module.get_submodule(owner), "is_cross_attention", False)
     return f"{part}.text" if crosses or _TEXT.search(f".{inner}") else part
+
+
+def _turn_of(path: str) -> tuple[int, ...]:
+    """When a UNet calls a module: down, through the middle and up, each resnet before the attention of its number."""
+    if path.rpartition(".")[2] == "conv_out":
+        return (len(_STAGES),)
+    found = _UNET_PART.search(path)
+    if found is None:
+        return ()
+    stage, at, kind, number = found.groups()
+    within = (int(number), _PARTS.index(kind)) if kind in _PARTS else (sys.maxsize,)
+    return (_STAGES.index(stage), int(at or 0), *within)
 
 
 def canvas(denoiser: nn.Module, get: Callable[[str], Any]) -> Canvas | None:

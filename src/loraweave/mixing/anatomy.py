@@ -30,6 +30,7 @@ class Anatomy:
         blocks: paths of all blocks.
         width: of the hidden states between blocks, if it says so.
         staging: what a diffusion pipeline needs beyond that; ``None`` for other models.
+        turn_of: module path -> when its part is called, for models that register their parts in another order.
     """
 
     streams: tuple[StreamSpec, ...]
@@ -37,6 +38,7 @@ class Anatomy:
     blocks: frozenset[str]
     width: int | None = None
     staging: Staging | None = None
+    turn_of: Callable[[str], tuple[int, ...]] = lambda _: ()
 
     def place(self, path: str) -> Place:
         """Where the module at ``path`` stands."""
@@ -44,7 +46,7 @@ class Anatomy:
         layer = None if block is None else f"{block}{_layer(path[len(block) :])}"
         stream = self.stream_of(path)
         stack = next((s.within for s in self.streams if s.name == stream), "") or stream
-        return Place(path, stream, block, layer, leads=bool(LEADING.search(path)), stack=stack)
+        return Place(path, stream, block, layer, bool(LEADING.search(path)), stack, self.turn_of(path))
 
 
 def _prefixes(path: str) -> Iterable[str]:

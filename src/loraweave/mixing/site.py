@@ -29,6 +29,7 @@ class Place:
         layer: path of the part of the block (attention, feed-forward) it lies in.
         leads: whether it is called before its neighbours although it may be registered after them (a query).
         stack: the stream of the block it stands in; another one than ``stream`` for keys and values of cross-attention.
+        turn: when its part is called, for models that register their parts in another order.
     """
 
     path: str
@@ -37,6 +38,7 @@ class Place:
     layer: str | None
     leads: bool = False
     stack: str = ""
+    turn: tuple[int, ...] = ()
 
 
 def group(places: Iterable[Place], granularity: Granularity, ahead: bool = False) -> dict[str, list[Place]]:
@@ -54,16 +56,18 @@ def group(places: Iterable[Place], granularity: Granularity, ahead: bool = False
         sites.setdefault((key, stream), []).append(place)
     named: dict[str, list[Place]] = {}
     for (key, stream), members in sites.items():
+        by_turn = sorted(members, key=lambda p: p.turn)
+        turns = {block: n for n, block in enumerate(dict.fromkeys(p.block for p in by_turn))}
         named[key if key not in named else f"{key}:{stream}"] = sorted(
-            members, key=lambda p: (p.stream == p.stack, not p.leads)
+            members, key=lambda p: (p.stream == p.stack, turns[p.block], not p.leads)
         )
     return named
 
 
 def first_of_streams(sites: Mapping[str, list[Place]]) -> set[str]:
-    """Names of the sites that run before all others of their stream: the first registered, or a query beside it."""
+    """Names of the sites that run before all others of their stream: the first one called, or a query beside it."""
     found: dict[str, tuple[str, Place]] = {}
-    for name, (lead, *_) in sites.items():
+    for name, (lead, *_) in sorted(sites.items(), key=lambda site: site[1][0].turn):
         known = found.get(lead.stream)
         beside = known is not None and lead.layer is not None and lead.layer == known[1].layer
         if known is None or (beside and lead.leads and not known[1].leads):
