@@ -45,8 +45,8 @@ METHODS: dict[str, Any] = {
     "nla": lw.Linear(),
     "switch": lw.Switch(),
     "composite": lw.Composite(),
-    "mole": lw.MoLE(activation="sigmoid", balance=0.1),
-    "mole_softmax": lw.MoLE(balance=0.1),
+    "mole": lw.MoLE(activation="sigmoid"),
+    "mole_softmax": lw.MoLE(),
     "mole_paper": lw.MoLE.paper(),
     "fused": lw.Sum(),
 }
@@ -260,6 +260,7 @@ def main() -> None:
             means = {n: round(statistics.fmean(row[n] for row in made["rows"]), 4) for n in measured([made])}
             print(label, seed, means, made["training"], made["seconds"], flush=True)
     pairs = [("mole", "nla"), ("mole", "merge"), ("mole_softmax", "nla"), ("composite", "merge"), ("mole", "composite")]
+    pairs += [("fused", "nla"), ("fused", "merge"), ("mole", "fused")]
     results = {
         "summary": summary(cells),
         "differences": differences(cells, pairs),
