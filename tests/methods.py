@@ -31,6 +31,7 @@ GATED: dict[str, Any] = {
     "mole-topk": lw.MoLE(activation="topk", k=2, evidence="outputs", normalization="l2"),
     "mole-topk-mean": lw.MoLE(activation="topk", k=2, pooling="mean", scale=1.5),
     "mole-sigmoid": lw.MoLE(activation="sigmoid", evidence="outputs", normalization="l2"),
+    "mole-linear": lw.MoLE(activation="linear", granularity="matrix"),
     "mole-scale": lw.MoLE(scale=1.7, learn_scale=True, temperature=0.5, evidence="outputs"),
     "mole-outputs": lw.MoLE(mix="outputs", evidence="outputs", gate_form="full"),
     "lora_flow": lw.LoRAFlow(),

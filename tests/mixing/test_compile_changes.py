@@ -42,6 +42,7 @@ POLICIES = {
     "mean": lw.MoLE(pooling="mean"),
     "top2": lw.MoLE(activation="topk", k=2, pooling="mean"),
     "sigmoid": lw.MoLE(activation="sigmoid"),
+    "linear": lw.MoLE(activation="linear"),
 }
 
 

@@ -132,6 +132,11 @@ def activated(eps: Tensor, gate: Any, kept: Sequence[int]) -> Tensor:
         for i in kept:
             g[i] = 1 / (1 + math.exp(-float(eps[i] + math.log(49))))
         return g
+    if policy.activation == "linear":
+        start = float(gate.scale) if policy.learn_scale else float(n if policy.scale == "experts" else policy.scale)
+        for i in kept:
+            g[i] = start / n + 0.1 * eps[i]
+        return g
     if policy.activation == "top1":
         g[max(kept, key=lambda i: float(eps[i]))] = 1.0
         return g

@@ -70,7 +70,7 @@ def test_the_first_token_already_knows_the_input() -> None:
         assert bool((g[0] - g[1]).abs().max() > 1e-3) == differ
 
 
-@pytest.mark.parametrize("activation", ["softmax", "topk", "top1", "sigmoid"])
+@pytest.mark.parametrize("activation", ["softmax", "topk", "top1", "sigmoid", "linear"])
 def test_weights_are_kept_while_generating_and_no_longer(activation: Any) -> None:
     mixture = mixture_of("t5", activation=activation)
     model, inputs = mixture.model, tiny.batch("t5")

@@ -105,6 +105,8 @@ ACTIVATIONS: dict[str, dict[str, Any]] = {
     "top2 scaled": {"activation": "topk", "k": 2, "scale": 2.0},
     "top5 of 3": {"activation": "topk", "k": 5, "scale": 1.0},
     "sigmoid": {"activation": "sigmoid"},
+    "linear": {"activation": "linear"},
+    "linear scaled": {"activation": "linear", "scale": 2.5, "learn_scale": True, "temperature": 0.5},
 }
 
 
@@ -201,6 +203,7 @@ def test_a_gradient_by_finite_differences() -> None:
         lw.MoLE(evidence="outputs", normalization="layer"),
         lw.MoLE("network", "outputs", gate_form="full"),
         lw.MoLE(activation="sigmoid"),
+        lw.MoLE(activation="linear", learn_scale=True),
     ):
         mixture.policy = policy
         tiny.randomize(mixture, strength=0.5)
@@ -256,6 +259,8 @@ def test_starts() -> None:
         lw.MoLE.paper(): [1 / 3] * 3,
         lw.MoLE(scale=2.0): [2 / 3] * 3,
         lw.MoLE(activation="sigmoid"): [0.98] * 3,
+        lw.MoLE(activation="linear"): [1 / 3] * 3,
+        lw.MoLE(activation="linear", scale="experts"): [1.0] * 3,
     }
     for policy, expected in starts.items():
         mixture.policy = policy

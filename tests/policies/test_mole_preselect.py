@@ -23,6 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "matrix": {"granularity": "matrix"},
     "network": {"granularity": "network", "normalization": "l2"},
     "sigmoid": {"activation": "sigmoid"},
+    "linear": {"activation": "linear"},
     "topk": {"activation": "topk", "k": 2},
     "topk prompt": {"activation": "topk", "k": 2, "pooling": "prompt"},
     "top1": {"activation": "top1"},

@@ -80,7 +80,7 @@ def test_training_measures_what_the_gates_read(name: str, monkeypatch: pytest.Mo
         assert_close(gate.standard.spread.double(), spread.clamp(min=floor), atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid", "linear"])
 def test_one_expert_can_be_preferred_whatever_the_input(activation: Any) -> None:
     """Standard scores sum to zero over the data, and so do logits linear in them: the bias has to tell."""
     mixture = tiny.attached("t5", lw.MoLE(activation=activation))

@@ -14,7 +14,7 @@ from loraweave.mixing.types import Granularity, SitePlan
 from loraweave.policies import checks
 from loraweave.policies.registry import register
 
-Activation = Literal["softmax", "top1", "topk", "sigmoid"]
+Activation = Literal["softmax", "top1", "topk", "sigmoid", "linear"]
 
 
 @register
@@ -42,14 +42,16 @@ class MoLE:
         gate_form: ``full`` has the paper's ``[N d, N]`` parameters; ``compact`` expresses the same functions in the
             experts' rank space, ``[R, N]``.
         activation: ``softmax`` (Eq. 11); ``top1``, one expert at weight 1; ``topk``, softmax over the ``k`` best;
-            ``sigmoid``, independent gates that start at 0.98. ``top1`` and ``topk`` choose hard and learn
-            straight-through, by the softmax over all, so that experts that are not chosen are heard, too.
+            ``sigmoid``, independent gates that start at 0.98; ``linear``, weights that start at ``scale / N`` and may
+            take any value, below zero too, as LoRA Soups' static ones: for tasks that none of the experts was made for.
+            ``top1`` and ``topk`` choose hard and learn straight-through, by the softmax over all, so that experts that
+            are not chosen are heard, too.
         k: how many experts ``topk`` keeps.
         preselect: of many experts, how many a row gets at all. The first gate that reads a row ranks them once, by its
             logits on the pooled prompt (of an encoder: all tokens); the gates behind it then decide among these as
             under a mask, and only these are computed, in the cached steps too. Gates learn among all experts: it acts
             in evaluation mode (``model.eval()``) alone. Default: all.
-        scale: what softmax weights sum to: a number, or ``experts`` for ``N``.
+        scale: what softmax weights sum to (linear ones: at the start): a number, or ``experts`` for ``N``.
         learn_scale: whether each gate learns its own scale from there.
         temperature: ``tau`` of Eq. 11 at the start.
         learn_temperature: whether each gate learns its own.
@@ -118,7 +120,7 @@ class MoLE:
 
     @property
     def normalized(self) -> bool:
-        return self.activation != "sigmoid"
+        return self.activation not in ("sigmoid", "linear")
 
     @property
     def reads_ahead(self) -> bool:

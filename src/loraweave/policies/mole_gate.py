@@ -35,6 +35,8 @@ class Projection(NamedTuple):
 
 
 SIGMOID_START = math.log(0.98 / 0.02)
+LINEAR_SLOPE = 0.1
+"""Weight by logit of linear gates: Adam's first steps move a logit by about 1.6, and a weight by a sixth."""
 
 
 class MoLEGate(nn.Module):
@@ -45,9 +47,9 @@ class MoLEGate(nn.Module):
     - ``e``: ``[L, N, d, N]`` (full), ``[L, R, N]`` (compact) or ``[L, in, N]`` (hidden evidence), zero at the start;
     - ``columns``: ``[N]``, the column sums of ``e`` where it cannot tell them (compact, layer normalisation);
     - ``standard.center``, ``standard.spread``: frozen, see :class:`Standard`;
-    - ``bias``: ``[N]``, of sigmoid gates and of those that read standard scores, whose mean is zero, so that no ``e``
-      prefers an expert whatever the input. It weighs a coordinate that is always as large as the evidence is long, and
-      so keeps up with ``e`` at any width;
+    - ``bias``: ``[N]``, of sigmoid and linear gates and of those that read standard scores, whose mean is zero, so that
+      no ``e`` prefers an expert whatever the input. It weighs a coordinate that is always as large as the evidence is
+      long, and so keeps up with ``e`` at any width;
     - ``log_temperature`` and ``scale``: scalars, learned if the policy says so.
     """
 
@@ -66,8 +68,8 @@ class MoLEGate(nn.Module):
         told = isinstance(self.reader, WideReader) or self.reader.full or policy.normalization != "layer"
         self.columns = None if told else nn.Parameter(torch.zeros(N, **like))
         self.standard = Standard(self.e[..., 0].numel(), **like) if standardizes(policy) else None
-        self.sigmoid = policy.activation == "sigmoid"
-        biased = self.sigmoid or self.standard is not None
+        self.sigmoid, self.linear = policy.activation == "sigmoid", policy.activation == "linear"
+        biased = self.sigmoid or self.linear or self.standard is not None
         self.bias = nn.Parameter(torch.zeros(N, **like)) if biased else None
         start = torch.tensor(math.log(policy.temperature), **like)
         self.log_temperature = nn.Parameter(start, requires_grad=policy.learn_temperature)
@@ -293,6 +295,9 @@ class MoLEGate(nn.Module):
         """The activation of logits of which ``kept`` are finite."""
         if self.sigmoid:
             return Weights(torch.sigmoid(logits))
+        if self.linear:
+            weights = self.scale / self.experts + LINEAR_SLOPE * logits
+            return Weights(weights.masked_fill(logits.isneginf(), 0.0))
         total = numerics.masked_total(self.scale, kept, self.experts)
         if self.policy.activation == "topk":
             best, index = logits.topk(min(self.policy.k, kept), dim=-1)
