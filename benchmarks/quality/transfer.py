@@ -29,6 +29,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "lorahub": {"examples": None},
     "cat": {},
     "mole": {},
+    "mole_matrix": {"name": "mole", "granularity": "matrix"},
+    "mole_linear": {"name": "mole", "granularity": "matrix", "activation": "linear"},
     "best_single": {},
     "fresh_lora": {"rank": 8, "learning_rate": 4e-3, "train": {"steps": 100}},
 }
@@ -71,7 +73,8 @@ def tables(
         meant = [each for target, each in found.items() if target != CONTROL]
         for title, parts in (("", meant), (", the control", [found[CONTROL]] if CONTROL in found else [])):
             if parts:
-                made[f"{number} examples{title}"] = common.results(common.joined(parts))
+                ours = [name for name in METHODS if name.startswith("mole")]
+                made[f"{number} examples{title}"] = common.results(common.joined(parts), ours)
     return made
 
 
