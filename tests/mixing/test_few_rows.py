@@ -101,10 +101,10 @@ def test_what_the_prompt_chose_is_fetched_once_an_answer(mixtures: Any, monkeypa
             cache, steps = out.past_key_values, []
             for step in range(6):
                 if step == 2:
-                    gate.log_temperature.add_(0.5)
+                    gate.scale.mul_(1.5)
                 with mixture.only("e1", "e2", "e4") if step >= 4 else contextlib.nullcontext():
                     steps.append(mixture.model(torch.tensor([[5 + step]]), past_key_values=cache).logits)
-            gate.log_temperature.sub_(0.5)
+            gate.scale.div_(1.5)
         return steps
 
     real, kept = Site.few_rows, []

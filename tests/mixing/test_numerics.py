@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -48,6 +49,48 @@ def test_low_rank_rows(rows: int, tokens: int, wide: int, used: int, out: int, g
         assert_close(numerics.low_rank_rows(x, A, w, Bt, y), expected)
 
 
+@pytest.fixture
+def four_processors() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("four_processors")
+@pytest.mark.parametrize("rank", [64, 48, 80, 33, 8])
+@pytest.mark.parametrize("front", [(), (1,), (1, 1), (2, 1), (1, 3), (3, 21), (2, 40), (0, 1)], ids=str)
+@pytest.mark.parametrize("weighted", [True, False])
+def test_products_with_few_rows_shared_out_among_processors(
+    rank: int, front: tuple[int, ...], weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, A, Bt, w, y = (
+        tensor.float()
+        for tensor in (
+            normal(*front, 12),
+            normal(rank, 12, seed=1),
+            normal(rank, 7, seed=2),
+            normal(*front, rank, seed=3),
+            normal(*front, 7, seed=4),
+        )
+    )
+    batched: list[int] = []
+    real = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: batched.append(len(a)) or real(a, b))
+    a = x @ A.T
+    expected = y + (a * w if weighted else a) @ Bt
+    apart = numerics.low_rank(x.mT.contiguous().mT if x.ndim > 1 else x, A, w if weighted else None, Bt, y.clone())
+    assert not batched, "products that autograd follows are left whole"
+    with torch.no_grad():
+        got = numerics.low_rank(x, A, w if weighted else None, Bt, y)
+    assert got is y or got.data_ptr() == y.data_ptr()
+    assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    assert_close(apart, expected, atol=1e-4, rtol=1e-4)
+    parts, rows = {64: 4, 48: 3, 80: 4, 33: 1, 8: 1}[rank], x.numel() // 12
+    shared = [parts] * ((rows <= 64) + (rows == 1)) if parts > 1 else []
+    assert batched == shared
+
+
 def test_a_y_that_is_not_contiguous() -> None:
     x, A, Bt = normal(2, 3, 4), normal(2, 4), normal(2, 5)
     y = normal(3, 2, 5).transpose(0, 1)
@@ -74,8 +117,12 @@ def test_masked_mean(rows: int, tokens: int, wide: int, data: Any) -> None:
 @given(sizes, st.integers(2, 6), sizes, st.sampled_from(["l2", "rms", "layer"]))
 def test_logits_without_the_normalised_vector(rows: int, wide: int, experts: int, normalization: Any) -> None:
     v, e = normal(rows, wide) + 0.3, normal(wide, experts, seed=1)
-    got = numerics.normalized_logits(v @ e, v.square().sum(-1), wide, normalization, v.sum(-1), e.sum(0))
+    length, total, offset = v.norm(dim=-1, keepdim=True), v.sum(-1, keepdim=True), normal(experts, seed=2)
+    sums: Any = {"total": total, "columns": e.sum(0)}
+    got = numerics.normalized_logits(v @ e, length, wide, normalization, **sums)
     assert_close(got, numerics.normalize(v, normalization) @ e, atol=1e-9, rtol=1e-9)
+    moved = numerics.normalized_logits(v @ e, length, wide, normalization, **sums, offset=offset)
+    assert_close(moved, got + offset)
 
 
 def test_normalisations_are_those_of_torch() -> None:
@@ -89,7 +136,8 @@ def test_normalisations_are_those_of_torch() -> None:
 def test_no_evidence_gives_no_logits_and_a_finite_gradient(normalization: Any) -> None:
     v = torch.zeros(1, 4, requires_grad=True)
     e = torch.ones(4, 2, requires_grad=True)
-    out = numerics.normalized_logits(v @ e, v.square().sum(-1), 4, normalization, v.sum(-1), e.sum(0))
+    length, total = torch.linalg.vector_norm(v, dim=-1, keepdim=True), v.sum(-1, keepdim=True)
+    out = numerics.normalized_logits(v @ e, length, 4, normalization, total=total, columns=e.sum(0))
     assert torch.equal(out, torch.zeros(1, 2))
     out.sum().backward()
     assert torch.isfinite(v.grad).all()

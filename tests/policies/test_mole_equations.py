@@ -151,8 +151,9 @@ def test_compact_coordinates_have_the_outputs_lengths_and_angles() -> None:
     a = torch.cat([x @ f.A.T for f in factors], -1)
     E = torch.cat([f.scale * x @ f.A.T @ f.B.T for f in factors], -1)
     measured = reader.measure(a.unsqueeze(0), total=True)
-    assert_close(measured.square[0], E.square().sum(-1), atol=1e-5, rtol=1e-4)
-    assert_close(measured.total[0], E.sum(-1), atol=1e-4, rtol=1e-4)
+    assert_close(measured.length[0], E.norm(dim=-1, keepdim=True), atol=1e-5, rtol=1e-4)
+    assert measured.total is not None
+    assert_close(measured.total[0], E.sum(-1, keepdim=True), atol=1e-4, rtol=1e-4)
     assert_close(measured.coordinates[0] @ measured.coordinates[0].T, E @ E.T, atol=1e-4, rtol=1e-4)
     assert reader.size == E.shape[1]
 

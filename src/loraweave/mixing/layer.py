@@ -147,8 +147,7 @@ class MixingLayer(nn.Module):
                 return y
             a = self.shrink(x, A)
             return self.expand(a, site.row_weights(bank, a), Bt, y)
-        rows = site.few_rows(bank, x)
-        if rows is not None:
+        if site.sparse and (rows := site.few_rows(bank, x)) is not None:
             return numerics.low_rank_rows(x, *rows, y)
         if a is None:
             a = self.shrink(x, bank.A)

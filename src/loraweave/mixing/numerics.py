@@ -5,6 +5,7 @@ Axes: B rows, T tokens, E experts, R rank rows of all experts together, d width 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,10 @@ Normalization = Literal["l2", "rms", "layer"]
 
 # Far below any evidence worth reading: an expert's output may itself be tiny, and a gate must still see its direction.
 EPSILON = 1e-12
+
+# Up to so many rows a product is shared out among processors by rank rows (:func:`_parts`), of which each gets so many.
+_FEW_ROWS = 64
+_RANK_ROWS_EACH = 16
 
 
 def low_rank(x: Tensor, A: Tensor, w: Tensor | None, Bt: Tensor, y: Tensor) -> Tensor:
@@ -36,13 +41,20 @@ def shrink(x: Tensor, A: Tensor) -> Tensor:
     """``x A^T``: into rank space, ``[..., R]``."""
     if x.dtype != A.dtype and not torch.is_autocast_enabled(x.device.type):
         x = x.to(A.dtype)
+    if x.is_cpu and x.numel() <= _FEW_ROWS * A.shape[1] and (parts := _parts(A)) > 1:
+        rows = x.reshape(1, -1, A.shape[1])
+        a = torch.bmm(rows.expand(parts, -1, -1), A.view(parts, -1, A.shape[1]).mT)
+        return a.transpose(0, 1).reshape(*x.shape[:-1], A.shape[0])
     return F.linear(x, A)
 
 
 def expand(a: Tensor, w: Tensor | None, Bt: Tensor, y: Tensor) -> Tensor:
     """``y + (a * w) B^T``; see :func:`low_rank`."""
     if w is not None:
-        a = a * w.to(a.dtype)
+        a = a * (w if w.dtype == a.dtype else w.to(a.dtype))
+    if a.is_cpu and a.numel() == Bt.shape[0] and y.dtype == a.dtype and (parts := _parts(Bt)) > 1:
+        added = torch.bmm(a.view(parts, 1, -1), Bt.view(parts, -1, Bt.shape[1]))
+        return y.add_(added.sum(0).view(y.shape))
     rows = a.reshape(-1, a.shape[-1])
     if y.dtype == a.dtype == Bt.dtype and y.is_contiguous():
         if torch.is_grad_enabled():
@@ -50,6 +62,29 @@ def expand(a: Tensor, w: Tensor | None, Bt: Tensor, y: Tensor) -> Tensor:
         y.view(-1, y.shape[-1]).addmm_(rows, Bt)
         return y
     return y + (rows @ Bt).view(y.shape).to(y.dtype)
+
+
+def _parts(factor: Tensor) -> int:
+    """Among how many processors to share out a product with few rows, by this factor's rank rows.
+
+    Most BLAS leave it to one, which reads the factor at a fraction of what memory gives (here 12 of 35 GB/s); of a
+    batched product every processor takes a part.
+    """
+    if (
+        torch.is_grad_enabled()
+        or factor.dtype != torch.float32
+        or torch.is_autocast_enabled("cpu")
+        or torch.compiler.is_compiling()
+        or not factor.is_contiguous()
+    ):
+        return 1
+    return _even_parts(factor.shape[0], torch.get_num_threads())
+
+
+@lru_cache(maxsize=1024)
+def _even_parts(rank_rows: int, processors: int) -> int:
+    most = min(processors, rank_rows // _RANK_ROWS_EACH)
+    return next((parts for parts in range(most, 1, -1) if rank_rows % parts == 0), 1)
 
 
 def shrink_conv(x: Tensor, A: Tensor, **geometry: Any) -> Tensor:
@@ -111,40 +146,50 @@ def gram(B: Tensor) -> Tensor:
 
 def normalize(v: Tensor, normalization: Normalization) -> Tensor:
     """Normalise the last axis (MoLE Eq. 9, which leaves the kind open)."""
-    if normalization == "l2":
-        return v * torch.rsqrt(v.square().sum(-1, keepdim=True) + EPSILON)
     if normalization == "layer":
         v = v - v.mean(-1, keepdim=True)
-    return v * torch.rsqrt(v.square().mean(-1, keepdim=True) + EPSILON)
+    length = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+    least, normal = _lengths(v.shape[-1], normalization)
+    return v / length.clamp(min=least) * normal
+
+
+def _lengths(size: int, normalization: Normalization) -> tuple[float, float]:
+    """The least length that is told from zero, and that of a normalised vector of this many entries."""
+    return (EPSILON**0.5, 1.0) if normalization == "l2" else ((EPSILON * size) ** 0.5, size**0.5)
 
 
 def normalized_logits(
     projected: Tensor,
-    square: Tensor,
+    length: Tensor,
     size: int,
     normalization: Normalization,
-    total: Tensor | None,
-    columns: Tensor | None,
+    *,
+    total: Tensor | None = None,
+    columns: Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> Tensor:
-    """``normalize(v) . e`` from sums over ``v`` alone, without forming ``v`` (Eq. 9 and 10 together).
+    """``normalize(v) . e + offset`` from sums over ``v``, without forming ``normalize(v)`` (Eq. 9 and 10 together).
 
     Args:
         projected: ``[..., N]``, ``e^T v``.
-        square: ``[...]``, squared length of ``v``.
+        length: ``[..., 1]``, that of ``v``.
         size: number of entries of ``v``.
         normalization: which normalisation.
-        total: ``[...]``, the sum of ``v``'s entries; read by ``layer`` alone.
+        total: ``[..., 1]``, the sum of ``v``'s entries; read by ``layer`` alone.
         columns: ``[N]``, the column sums of ``e``; read by ``layer`` alone.
+        offset: ``[N]``; none: zero.
     """
-    if normalization == "l2":
-        return projected * torch.rsqrt(square + EPSILON).unsqueeze(-1)
-    if normalization == "rms":
-        return projected * torch.rsqrt(square / size + EPSILON).unsqueeze(-1)
-    assert columns is not None
-    assert total is not None
-    mean = total / size
-    variance = (square / size - mean.square()).clamp(min=0)
-    return (projected - mean.unsqueeze(-1) * columns) * torch.rsqrt(variance + EPSILON).unsqueeze(-1)
+    least, normal = _lengths(size, normalization)
+    if normalization == "layer":
+        assert columns is not None
+        assert total is not None
+        mean = total / size
+        projected = projected - mean * columns
+        length = (length.square() - total * mean).clamp(min=least**2).sqrt()
+    unit = length.clamp(min=least)
+    if offset is None:
+        return projected / unit * normal
+    return torch.addcdiv(offset, projected, unit, value=normal)
 
 
 def masked_total(scale: Tensor | float, kept: int, experts: int) -> Tensor | float:

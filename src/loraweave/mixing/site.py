@@ -205,10 +205,10 @@ class Site:
         else:
             self.current = weights
             self._forget()
-        if (weights.index is None or torch.is_grad_enabled()) and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # Now, rather than in the first module that asks: a checkpointed block must do the same when run again.
             for layer in self.layers:
-                self._spread_over(layer.bank)
+                self._spread_over(layer.bank, layer.bank.device)
         for observe in self.observers:
             observe(self)
 
@@ -222,15 +222,15 @@ class Site:
 
     def row_weights(self, bank: Bank, a: Tensor) -> Tensor:
         """Weights of the bank's rank rows, shaped to multiply ``a`` ``[..., R]``."""
-        w = self._spread_over(bank)
+        w = self._spread_over(bank, a.device)
+        if a.ndim == 3 and w.shape[1] in (1, a.shape[1]):
+            return w
         tokens = {3: a.shape[1], 4: a.shape[2:].numel()}.get(a.ndim, max(1, a.shape[0] // w.shape[0]))
         if w.shape[1] not in (1, tokens):
             raise LoraweaveError(
                 f"gate site {self.name}: weights of {w.shape[1]} tokens do not suit a module that reads {tokens}; "
                 "the blocks of UNets change their resolution: take gates that pool (pooling='mean'), or at every matrix"
             )
-        if a.ndim == 3:
-            return w
         if a.ndim == 4:
             cells: Tensor = w.mT.unflatten(2, a.shape[2:] if w.shape[1] > 1 else (1, 1))
             return cells
@@ -240,24 +240,29 @@ class Site:
             return w.reshape(-1, w.shape[-1])
         raise LoraweaveError(f"{self.name}: cannot mix in a module whose input has {a.ndim} axes, expected 2, 3 or 4")
 
-    def _spread_over(self, bank: Bank) -> Tensor:
+    def _spread_over(self, bank: Bank, device: torch.device) -> Tensor:
         """Weights of the bank's rank rows, ``[rows or 1, tokens or 1, R]``."""
+        weights = self._weights()
         if torch.compiler.is_compiling():
-            return self._spread(bank)  # the compiler sees by itself what repeats
-        self._weights()
-        key = self._layout(bank), bank.device  # a site may span devices
+            return self._spread(weights, bank, device)  # the compiler sees by itself what repeats
+        key = self._layout(bank), device  # a site may span devices
         w = self._row_weights.get(key)
         if w is None:
-            w = self._row_weights[key] = self._spread(bank)
+            w = self._row_weights[key] = self._spread(weights, bank, device)
         return w
 
-    def _spread(self, bank: Bank) -> Tensor:
-        dense = self._weights().dense
-        dense = dense.to(bank.device, torch.promote_types(dense.dtype, bank.dtype))
+    def _spread(self, weights: Weights, bank: Bank, device: torch.device) -> Tensor:
+        dense = weights.dense
+        dense = dense.to(device, torch.promote_types(dense.dtype, bank.dtype))
         return dense @ self._layout(bank).spread(dense)
 
     def _layout(self, bank: Bank) -> Layout:
         return bank.layout_of(self.used()) if isinstance(bank, PagedBank) else bank.layout
+
+    @property
+    def sparse(self) -> bool:
+        """Whether its gate names the experts that are not switched off."""
+        return self._weights().index is not None
 
     def used(self) -> tuple[int, ...]:
         """The experts to which some token of this pass gives any weight."""

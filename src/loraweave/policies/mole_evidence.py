@@ -21,12 +21,12 @@ class Measured(NamedTuple):
 
     Attributes:
         coordinates: ``[B, T, C]``, what the gate's matrix multiplies.
-        square: ``[B, T]``, ``||v||^2``.
-        total: ``[B, T]``, the sum of ``v``'s entries, where it is asked for.
+        length: ``[B, T, 1]``, ``||v||``.
+        total: ``[B, T, 1]``, the sum of ``v``'s entries, where it is asked for.
     """
 
     coordinates: Tensor
-    square: Tensor
+    length: Tensor
     total: Tensor | None
 
 
@@ -42,7 +42,7 @@ class WideReader(nn.Module):
         return (evidence.hidden if evidence.outputs is None else evidence.outputs.flatten(2)).float()
 
     def measure(self, v: Tensor, total: bool) -> Measured:
-        return Measured(v, squared_length(v), v.sum(-1) if total else None)
+        return Measured(v, length(v), v.sum(-1, keepdim=True) if total else None)
 
     def matrix(self, e: Tensor) -> Tensor:
         """The gate's parameters ``[L?, *shape, N]`` as the matrix ``[L?, C, N]`` on the coordinates."""
@@ -89,7 +89,7 @@ class RankReader(nn.Module):
 
     def measure(self, a: Tensor, total: bool) -> Measured:
         c = a @ self.root
-        return Measured(a if self.full else c, squared_length(c), a @ self.ones if total else None)
+        return Measured(a if self.full else c, length(c), (a @ self.ones).unsqueeze(-1) if total else None)
 
     def matrix(self, e: Tensor) -> Tensor:
         """The gate's parameters as the matrix ``[L?, R, N]`` on the coordinates: full ones are projected by ``B``."""
@@ -107,10 +107,10 @@ class RankReader(nn.Module):
         return inverse @ self.matrix(e)
 
 
-def squared_length(v: Tensor) -> Tensor:
-    """``||v||^2`` over the last axis, without a full-size intermediate."""
-    length: Tensor = torch.linalg.vector_norm(v, dim=-1)
-    return length.square()
+def length(v: Tensor) -> Tensor:
+    """``||v||`` over the last axis, which stays, without a full-size intermediate."""
+    found: Tensor = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+    return found
 
 
 def symmetric_root(B: Tensor) -> Tensor:

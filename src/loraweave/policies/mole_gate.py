@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 class Projection(NamedTuple):
-    """A gate's parameters, made ready for the evidence's coordinates.
+    """A gate's parameters, made ready for the evidence's coordinates, divided by the temperature.
 
     Attributes:
         matrix: ``[N, C]``; of a flatten gate ``[L, N, C]``.
         columns: ``[N]``, see :func:`numerics.normalized_logits`.
-        offset: ``[N]``, what standard scores and the bias take from the logits.
+        offset: ``[N]``, what standard scores and the bias add to the logits.
     """
 
     matrix: Tensor
@@ -79,7 +79,7 @@ class MoLEGate(nn.Module):
         self.closed: Tensor | None = None
         self.kept = N
         self._packed: tuple[tuple[int, torch.device], Projection] | None = None
-        self._lasting: tuple[Tensor, Tensor | None, int, Weights] | None = None
+        self._lasting: tuple[Tensor, Tensor | None, tuple[int, torch.device], Weights] | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoLEGate:
         """Gates move with the model but stay in single precision when it is cast (``model.half()``)."""
@@ -160,8 +160,14 @@ class MoLEGate(nn.Module):
             self._lasting = known = logits, self.closed, version, self.activate(logits)
         return known[3]
 
-    def _changes(self) -> int:
-        return sum(p._version for p in self.parameters())
+    def _changes(self) -> tuple[int, torch.device]:
+        """Differs whenever a parameter has changed, or was brought elsewhere (accelerate does, for each call)."""
+        own = self._parameters
+        found = sum([p._version for p in own.values() if p is not None])
+        standard = self._modules.get("standard")
+        if standard is not None:
+            found += sum([p._version for p in standard._parameters.values() if p is not None])
+        return found, own["e"].device  # type: ignore[union-attr]
 
     def _chosen(self, evidence: Evidence, logits: Tensor | None = None) -> Tensor | None:
         """``[rows, 1, k]``: the experts that the stream's first gate chose; ``None`` if it chose none.
@@ -171,8 +177,7 @@ class MoLEGate(nn.Module):
             logits: ``[rows, 1, N]`` from it, if it was pooled.
         """
         k, stream = self.policy.preselect, evidence.stream
-        measuring = self.standard is not None and self.standard.measuring
-        if k is None or k >= self.kept or self.training or measuring:
+        if k is None or k >= self.kept or self.training or (self.standard is not None and self.standard.measuring):
             return None
         if self.first:
             with torch.no_grad():
@@ -201,33 +206,35 @@ class MoLEGate(nn.Module):
         return logits
 
     def logits(self, evidence: Evidence) -> Tensor:
-        """``eps`` of Eq. 10, ``[rows, tokens or 1, N]``."""
+        """``eps / tau`` of Eq. 10 and 11, ``[rows, tokens or 1, N]``."""
         return self._project(self.pool(self.reader.raw(evidence), evidence), evidence)
 
     def _project(self, v: Tensor, evidence: Evidence) -> Tensor:
-        normalization = self.policy.normalization
-        coordinates, square, total = self.reader.measure(v, total=normalization == "layer")
-        if self.standard is not None and self.standard.measuring:
-            self._measure(coordinates, square, total, evidence)
+        reader, normalization = self.reader, self.policy.normalization
+        coordinates, length, total = reader.measure(v, total=normalization == "layer")
+        standard = self.standard
+        if standard is not None and standard.measuring:
+            self._measure(standard, coordinates, length, total, evidence)
         matrix, columns, offset = self._projection(v.shape[1])
-        size = self.reader.size
+        size = reader.size
         if self.pooling == "flatten":
             projected = torch.einsum("blc,lnc->bn", coordinates, matrix).unsqueeze(1)
-            square = square.sum(1, keepdim=True)
+            length = torch.linalg.vector_norm(length, dim=1, keepdim=True)
             total = None if total is None else total.sum(1, keepdim=True)
             size = size * self.e.shape[0]
         else:
             # Some BLAS are twice as slow on a matrix with so few columns as on its transpose.
             projected = F.linear(coordinates, matrix)
-        logits = numerics.normalized_logits(projected, square, size, normalization, total, columns)
-        return logits if offset is None else logits - offset
+        return numerics.normalized_logits(
+            projected, length, size, normalization, total=total, columns=columns, offset=offset
+        )
 
     def _projection(self, tokens: int) -> Projection:
         """What the parameters amount to; kept as long as they stay, where no gradient has to reach them."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.pooling == "flatten":
             self._packed = None
             return self._pack(tokens)
-        version = self._changes(), self.e.device  # accelerate brings offloaded parameters in for each call
+        version = self._changes()
         if self._packed is None or self._packed[0] != version:
             self._packed = version, self._pack(tokens)
         return self._packed[1]
@@ -239,19 +246,28 @@ class MoLEGate(nn.Module):
             e = e / spread.unsqueeze(-1)
         columns = self.reader.columns(e)
         matrix = self.reader.matrix(e[:tokens] if self.pooling == "flatten" else e)
-        offset = None if center is None else center @ matrix
+        offset = None if center is None else -(center @ matrix)
         if self.bias is not None:
-            offset = (0.0 if offset is None else offset) - self.bias * self.evidence_length
-        return Projection(matrix.mT.contiguous(), self.columns if columns is None else columns, offset)
+            offset = (0.0 if offset is None else offset) + self.bias * self.evidence_length
+        columns = self.columns if columns is None else columns
+        sharpness = torch.exp(-self.log_temperature)
+        return Projection(
+            (matrix * sharpness).mT.contiguous(),
+            None if columns is None else columns * sharpness,
+            None if offset is None else offset * sharpness,
+        )
 
-    def _measure(self, coordinates: Tensor, square: Tensor, total: Tensor | None, evidence: Evidence) -> None:
-        assert self.standard is not None
+    def _measure(
+        self, standard: Standard, coordinates: Tensor, length: Tensor, total: Tensor | None, evidence: Evidence
+    ) -> None:
         # The identity in place of the gate's matrix gives the normalised coordinates themselves.
         ones = torch.ones if isinstance(self.reader, WideReader) else torch.zeros
         columns = ones(coordinates.shape[-1], device=coordinates.device)
-        args = coordinates, square, self.reader.size, self.policy.normalization, total, columns
+        normalized = numerics.normalized_logits(
+            coordinates, length, self.reader.size, self.policy.normalization, total=total, columns=columns
+        )
         mask = evidence.stream.token_mask(coordinates.shape[1]) if self.pooling == "token" else None
-        self.standard.note(numerics.normalized_logits(*args), mask)
+        standard.note(normalized, mask)
 
     def pool(self, v: Tensor, evidence: Evidence) -> Tensor:
         """``[B, T, C]`` -> ``[B, T or 1, C]``."""
@@ -276,8 +292,7 @@ class MoLEGate(nn.Module):
         return (v * mask.unsqueeze(-1)).gather(1, order.expand_as(v))
 
     def activate(self, logits: Tensor, chosen: Tensor | None = None) -> Weights:
-        """Eq. 11 and its relatives: logits -> weights; masked experts, and those not chosen, are left out."""
-        logits = logits * torch.exp(-self.log_temperature)
+        """Eq. 11 and its relatives: ``eps / tau`` -> weights; masked experts, and those not chosen, are left out."""
         if self.sigmoid:
             logits = logits + SIGMOID_START
         if chosen is None:
