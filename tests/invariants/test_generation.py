@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from typing import Any
 
@@ -128,6 +129,20 @@ def test_a_cache_filled_elsewhere_is_noticed(mixed: Any) -> None:
         mixture.model(input_ids=torch.tensor([[5]]), past_key_values=cache)
 
 
+@pytest.mark.parametrize("method", PROMPTED)
+def test_a_copied_cache_knows_what_was_decided(mixed: Any, method: str) -> None:
+    """As users do who ask several questions about one text."""
+    mixture, inputs = mixed("llama", ALL[method]), prompts("llama", (5,))
+    with torch.no_grad():
+        cache = mixture.model(input_ids=inputs["input_ids"], use_cache=True).past_key_values
+        copies = [copy.deepcopy(cache) for _ in range(2)]
+        first, second, third = (
+            mixture.model(input_ids=torch.tensor([[7]]), past_key_values=each).logits for each in (cache, *copies)
+        )
+    assert torch.equal(first, second)
+    assert torch.equal(first, third)
+
+
 def test_changing_the_policy_between_prompt_and_answer_is_noticed(mixed: Any) -> None:
     from transformers import DynamicCache
 
@@ -170,13 +185,14 @@ def test_outputs_mode_refuses_beams_with_a_cache(mixed: Any, architecture: str) 
     assert generate(mixture, inputs, use_cache=False, num_beams=2).sequences.shape[0] == 3
 
 
-def test_static_cache(mixed: Any) -> None:
-    inputs = prompts("llama")
-    for method in ("sum", "mole"):
-        mixture = mixed("llama", ALL[method])
-        expected = generate(mixture, inputs)
-        got = generate(mixture, inputs, cache_implementation="static", disable_compile=True)
-        assert torch.equal(got.sequences, expected.sequences), method
-    # With a static cache, transformers hides the tokens' mask in a four-dimensional one.
-    with pytest.raises(lw.LoraweaveError, match="pass the 2-D mask"):
-        generate(mixed("llama", PROMPT["mole-prompt"]), inputs, cache_implementation="static", disable_compile=True)
+@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("method", ["sum", "mole", *PROMPTED])
+def test_static_cache(mixed: Any, architecture: str, method: str, search: str) -> None:
+    """transformers then hides the tokens' mask in a four-dimensional one."""
+    mixture, inputs = mixed(architecture, ALL[method]), prompts(architecture)
+    expected = generate(mixture, inputs, **SEARCHES[search])
+    got = generate(mixture, inputs, cache_implementation="static", disable_compile=True, **SEARCHES[search])
+    assert torch.equal(got.sequences, expected.sequences)
+    for a, b in zip(got.scores, expected.scores, strict=True):
+        assert_close(a, b, atol=1e-5, rtol=1e-5)

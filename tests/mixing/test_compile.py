@@ -107,3 +107,25 @@ def test_compiled_training() -> None:
     got = step(torch.compile(mixture.model, backend="aot_eager"))
     for name, g in expected.items():
         assert_close(got[name], g, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sum", "token", "matrix", "prompt", "top2", "preselect"])
+def test_decoding_with_a_static_cache_is_one_graph_for_prompts_and_one_for_steps(name: str) -> None:
+    prompted = {
+        "prompt": lw.MoLE(pooling="prompt"),
+        "top2": lw.MoLE(activation="topk", k=2, pooling="prompt"),
+        "preselect": lw.MoLE(preselect=2),
+    }
+    mixture = tiny.randomize(tiny.attached("llama", (POLICIES | prompted)[name]))
+    inputs = {key: value for key, value in tiny.batch("llama", (6, 2, 4), "left").items() if key != "position_ids"}
+    options: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    expected = mixture.model.generate(**inputs, **options)
+    model: Any = mixture.model
+    model.forward = torch.compile(model.forward, fullgraph=True, dynamic=False, backend="eager")
+    try:
+        for _ in range(2):
+            assert torch.equal(model.generate(**inputs, cache_implementation="static", **options), expected)
+            assert counters["stats"]["unique_graphs"] == 2
+    finally:
+        del model.forward

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import loraweave as lw
 import tiny
-from loraweave.mixing.stream import Arguments, Stream, StreamSpec
+from loraweave.mixing.stream import Arguments, Stream, StreamSpec, real_tokens
 from loraweave.mixture import Mixture
 
 
@@ -74,6 +74,23 @@ def test_after_an_error_all_is_well(llama: Mixture) -> None:
     with pytest.raises(Exception, match=r"."):
         llama.model(input_ids=torch.tensor([[99]]), attention_mask=torch.ones(1, 1))
     assert same(expected, weights(llama, **inputs))
+
+
+@pytest.mark.parametrize("window", [9, 2])
+@pytest.mark.parametrize("padding", ["blind", "all-seeing"])
+@pytest.mark.parametrize("real", [[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]])
+def test_real_tokens_of_a_static_caches_mask(real: list[int], padding: str, window: int) -> None:
+    tokens, slots = len(real), 8
+    sees = torch.zeros(1, 1, tokens, slots, dtype=torch.bool)
+    for query in range(tokens):
+        for slot in range(slots):
+            past = query - window < slot <= query and bool(real[slot])
+            sees[0, 0, query, slot] = past if real[query] or padding == "blind" else True
+    if real[-1] == 0 and padding == "blind":
+        sees[0, 0, 3:, :3] = window > 3  # padding behind the tokens may see them
+    assert real_tokens(sees).int().tolist() == [real]
+    added = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)
+    assert real_tokens(added).int().tolist() == [real]
 
 
 def prompt_of(labels: list[int], mask: list[int]) -> list[int]:

@@ -150,7 +150,8 @@ def normalize(v: Tensor, normalization: Normalization) -> Tensor:
         v = v - v.mean(-1, keepdim=True)
     length = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
     least, normal = _lengths(v.shape[-1], normalization)
-    return v / length.clamp(min=least) * normal
+    normalized: Tensor = v / length.clamp(min=least) * normal
+    return normalized
 
 
 def _lengths(size: int, normalization: Normalization) -> tuple[float, float]:

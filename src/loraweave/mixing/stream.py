@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from loraweave.errors import LoraweaveError
+
+_DECISIONS = "_loraweave_decisions"
+"""Attribute of a key-value cache: what gates decided on the prompt that fills it."""
+
+new_key = count().__next__
+"""A number under which no other gate keeps its decisions."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,6 @@ class Stream:
         self.chosen: Tensor | None = None
         self.canvas: Canvas | None = None
         self._cached: int | Tensor = 0
-        self._frozen: WeakKeyDictionary[object, dict[int, Any]] = WeakKeyDictionary()
         self._homeless: dict[int, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -89,8 +94,12 @@ class Stream:
         self.stated_prompt = state["stated_prompt"]
         self.listeners = state["listeners"]
 
-    def enter(self, mask: Tensor | None, cache: object | None, states: Tensor | None = None) -> None:
+    def enter(
+        self, mask: Tensor | Mapping[str, Tensor] | None, cache: object | None, states: Tensor | None = None
+    ) -> None:
         """A pass begins. The cache's length is read now: the first block's attention makes it longer."""
+        if isinstance(mask, Mapping):  # one for each kind of attention; every one tells which tokens are real
+            mask = next((one for one in mask.values() if one is not None), None)
         self.mask, self.cache, self.states = mask, cache, states
         length = getattr(cache, "get_seq_length", None) if self.spec.causal else None
         cached = 0 if length is None else length()
@@ -105,7 +114,7 @@ class Stream:
     def leave(self, cache: object | None) -> None:
         """A pass ends; ``cache`` is the one that the model made itself, if it was given none."""
         if self._homeless and cache is not None:
-            self._frozen[cache] = self._homeless
+            setattr(cache, _DECISIONS, self._homeless)
         self._homeless = {}
         # Kept any longer they would hold keys, values and a whole graph in memory.
         self.cache = self.states = None
@@ -117,14 +126,20 @@ class Stream:
 
     def token_mask(self, tokens: int) -> Tensor | None:
         """``[rows, tokens]``: which tokens are real; ``None`` if all are."""
-        if self.mask is None or (tokens == 1 and self.mask.ndim == 2):
+        mask = self.mask
+        if mask is None:
+            return None
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else ()
+        if len(shape) == 2 and tokens == 1:
             return None  # one vector a row, such as a pooled state, is all there is to read
-        if self.mask.ndim != 2 or self.mask.shape[1] != tokens:
-            raise LoraweaveError(
-                f"{self.spec.name}: pooling over tokens needs an attention mask of shape [rows, {tokens}], "
-                f"got {list(self.mask.shape)}; pass the 2-D mask the tokenizer made"
-            )
-        return self.mask
+        if len(shape) == 2 and shape[1] == tokens:
+            return mask
+        if self.spec.causal and len(shape) == 4 and shape[1] == 1 and shape[2] == tokens < shape[3]:
+            return real_tokens(mask)
+        raise LoraweaveError(
+            f"{self.spec.name}: pooling over tokens needs an attention mask of shape [rows, {tokens}], got "
+            f"{list(shape) or type(mask).__name__}; pass the 2-D mask the tokenizer made"
+        )
 
     def prompt_mask(self, rows: int, tokens: int) -> Tensor | None:
         """``[rows, tokens]``: the prompt's tokens: what precedes the first label, or all there is without labels."""
@@ -138,9 +153,9 @@ class Stream:
         before = (self.labels != -100).long().cumsum(1) == 0
         return before if mask is None else before & mask.bool()
 
-    def frozen(self, gate: nn.Module) -> Any:
-        """What ``gate`` decided when this cache was filled with the prompt."""
-        decided = None if self.cache is None else self._frozen.get(self.cache, {}).get(id(gate))
+    def frozen(self, key: int) -> Any:
+        """What was decided under ``key`` when this cache was filled with the prompt."""
+        decided = getattr(self.cache, _DECISIONS, {}).get(key)
         if decided is None:
             raise LoraweaveError(
                 f"{self.spec.name}: the gates read the prompt, but this key-value cache was filled outside of this "
@@ -148,9 +163,30 @@ class Stream:
             )
         return decided
 
-    def freeze(self, gate: nn.Module, decided: Any) -> None:
-        kept = self._homeless if self.cache is None else self._frozen.setdefault(self.cache, {})
-        kept[id(gate)] = decided
+    def freeze(self, key: int, decided: Any) -> None:
+        """Keep it with the cache: it lasts as long, copies have it, and a compiled model finds it in one place."""
+        if self.cache is None:
+            self._homeless[key] = decided
+            return
+        if not hasattr(self.cache, _DECISIONS):
+            setattr(self.cache, _DECISIONS, {})
+        getattr(self.cache, _DECISIONS)[key] = decided
+
+
+def real_tokens(mask: Tensor) -> Tensor:
+    """``[rows, tokens]`` bool: which tokens are real, of the mask that transformers makes for an empty static cache.
+
+    A token is real if some real one sees it. Padding may see anything, as far as the cache is long, lest its attention
+    have nothing to attend to; real tokens never see what comes after them.
+
+    Args:
+        mask: ``[rows, 1, tokens, slots]`` of a causal model, ``slots > tokens``: what is seen is True, or 0.
+    """
+    sees = (mask if mask.dtype == torch.bool else mask == 0)[:, 0]
+    tokens = sees.shape[1]
+    ahead = torch.ones(tokens, sees.shape[2], dtype=torch.bool, device=sees.device).triu(1)
+    real = ~(sees & ahead).any(-1, keepdim=True)
+    return (sees & real).any(1)[:, :tokens]
 
 
 class Arguments:

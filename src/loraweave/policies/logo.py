@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from loraweave.experts.bank import Bank
 from loraweave.mixing.numerics import masked_mean
+from loraweave.mixing.stream import new_key
 from loraweave.mixing.types import Evidence, Granularity, SitePlan, Weights
 from loraweave.policies import checks
 from loraweave.policies.precision import full_precision, moved
@@ -80,6 +81,7 @@ class LogoRouter(nn.Module):
     def __init__(self, policy: LoGo, site: SitePlan) -> None:
         super().__init__()
         self.policy = policy
+        self.key = new_key()
         self.per_token = site.causal and not site.prompted
         bank: Bank = site.bank
         ranks = torch.tensor(bank.layout.ranks)
@@ -111,10 +113,10 @@ class LogoRouter(nn.Module):
             if self.per_token:
                 return self.weigh(self.signals(a))
             if stream.spec.causal and stream.cached_tokens > 0:
-                return self.weigh(cast(Tensor, stream.frozen(self)))
+                return self.weigh(cast(Tensor, stream.frozen(self.key)))
             signals = self.signals(self.pool(a, evidence))
             if stream.spec.causal:
-                stream.freeze(self, signals)
+                stream.freeze(self.key, signals)
             return self.weigh(signals)
 
     def pool(self, a: Tensor, evidence: Evidence) -> Tensor:

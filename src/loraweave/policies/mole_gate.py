@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from loraweave.errors import LoraweaveError
 from loraweave.mixing import numerics
+from loraweave.mixing.stream import new_key
 from loraweave.mixing.types import Evidence, Pooling, SitePlan, Weights
 from loraweave.policies.mole_evidence import RankReader, WideReader
 from loraweave.policies.mole_standard import Standard
@@ -56,6 +57,7 @@ class MoLEGate(nn.Module):
     def __init__(self, policy: MoLE, site: SitePlan) -> None:
         super().__init__()
         self.policy = policy
+        self.key = new_key()
         self.site_name = site.name
         self.pooling = resolve_pooling(policy, site)
         self.first = site.first
@@ -139,7 +141,7 @@ class MoLEGate(nn.Module):
             return self.activate(self.logits(evidence), self._chosen(evidence))
         if stream.spec.causal and stream.cached_tokens > 0:
             if self.pooling == "prompt":
-                return self._decided(cast(Tensor, stream.frozen(self)), evidence)
+                return self._decided(cast(Tensor, stream.frozen(self.key)), evidence)
             raise LoraweaveError(
                 f"gate site {self.site_name}: {self.pooling!r} pooling reads the whole sequence, so generating with a "
                 "key-value cache would differ from generating without; use pooling='token' or 'prompt', or "
@@ -147,7 +149,7 @@ class MoLEGate(nn.Module):
             )
         logits = self.logits(evidence)
         if self.pooling == "prompt":
-            stream.freeze(self, logits)
+            stream.freeze(self.key, logits)
         return self.activate(logits, self._chosen(evidence, logits))
 
     def _decided(self, logits: Tensor, evidence: Evidence) -> Weights:
@@ -198,11 +200,11 @@ class MoLEGate(nn.Module):
         """``[rows, 1, N]`` on the mean of the prompt, which stays while the answer is written."""
         stream, (rows, tokens) = evidence.stream, evidence.hidden.shape[:2]
         if stream.spec.causal and stream.cached_tokens > 0:
-            return cast(Tensor, stream.frozen(self))
+            return cast(Tensor, stream.frozen(self.key))
         v = numerics.masked_mean(self.reader.raw(evidence), stream.prompt_mask(rows, tokens))
         logits = self._project(v, evidence)
         if stream.spec.causal:
-            stream.freeze(self, logits)
+            stream.freeze(self.key, logits)
         return logits
 
     def logits(self, evidence: Evidence) -> Tensor:
