@@ -45,7 +45,7 @@ def table(name: str, results: dict[str, Any]) -> str:
     elif name == "arithmetic" and any(row.get("arithmetic") for row in results["scenarios"].values()):
         found = report.arithmetic_rows(results["scenarios"])
     elif name == "required":
-        found = report.bound_rows(list(report.judge(results["scenarios"])))
+        found = report.bound_rows(list(report.judge(results["scenarios"], results["memory"])))
     if found is None:
         return "*Not measured yet.*\n"
     what = results["scenarios"].get(name, {}).get("what")

@@ -28,7 +28,8 @@ def peak_of(kind: str, size: Size, experts: Path, threads: int) -> dict[str, int
         threads: of the child.
 
     Returns:
-        ``peak`` and ``before`` (all is loaded, no step run yet): resident bytes.
+        ``peak`` and ``before`` (all is loaded, no step run yet): resident bytes; of attaching also ``files``, the
+        size of what is attached.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
     environment["OMP_NUM_THREADS"] = str(threads)
@@ -37,6 +38,8 @@ def peak_of(kind: str, size: Size, experts: Path, threads: int) -> dict[str, int
     if done.returncode:
         raise RuntimeError(f"the child that measures {kind!r} failed:\n{done.stderr}")
     report: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    if kind in ATTACHING:
+        report["files"] = sum(file.stat().st_size for file in experts.rglob("*.safetensors"))
     return report
 
 

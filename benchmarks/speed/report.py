@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,20 +21,29 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class Bound:
-    """``of / to``, as a ratio of times, must stay below ``at_most`` or reach ``at_least``."""
+    """What is required of ``of / to``, a ratio of times; without ``to``, of the seconds that ``of`` takes."""
 
     scenario: str
     of: str
-    to: str
+    to: str | None
     at_most: float | None = None
     at_least: float | None = None
 
     @property
     def text(self) -> str:
-        return f"<= {self.at_most}" if self.at_most is not None else f">= {self.at_least}"
+        unit = "" if self.to else " s"
+        return (f"<= {self.at_most}" if self.at_most is not None else f">= {self.at_least}") + unit
 
-    def holds(self, ratio: float) -> bool:
-        return (self.at_most is None or ratio <= self.at_most) and (self.at_least is None or ratio >= self.at_least)
+    def holds(self, measured: float) -> bool:
+        least, most = self.at_least, self.at_most
+        return (most is None or measured <= most) and (least is None or measured >= least)
+
+    def measured(self, rows: Mapping[str, Any]) -> Spread | None:
+        """From a scenario's contenders, if they took part."""
+        if self.of not in rows or (self.to is not None and self.to not in rows):
+            return None
+        of: list[float] = rows[self.of]["seconds"]
+        return Spread.of(of) if self.to is None else ratios(of, rows[self.to]["seconds"])
 
 
 BOUNDS = (
@@ -55,6 +64,10 @@ BOUNDS = (
     Bound("generate, batch 1", "mole block", "bare", at_most=1.32),
     Bound("generate, batch 1", "peft X-LoRA", "mole block", at_least=18),
     Bound("generate, batch 1", "peft all", "mole block", at_least=1.8),
+    Bound("generate, batch 1 x 256", "mole block", "bare", at_most=1.32),
+    Bound("generate, batch 1 x 256", "peft X-LoRA", "mole block", at_least=18),
+    Bound("forward", "one expert", "peft 1", at_most=1.02),
+    Bound("forward", "folded", "bare", at_most=1.03),
     Bound("N = 32, rank 16", "mole block", "floor", at_most=1.06),
     Bound("N = 32, rank 16", "mole matrix", "floor", at_most=1.10),
     Bound("N = 32, rank 16", "peft all", "mole block", at_least=1.9),
@@ -62,7 +75,10 @@ BOUNDS = (
     Bound("N = 128", "mole top-2", "bare", at_most=1.3),
     Bound("rows, forward", "8 mixtures", "one mixture", at_most=1.2),
     Bound("rows, generate", "8 mixtures", "one mixture", at_most=1.2),
+    Bound("attach 128", "sum", None, at_most=3),
+    Bound("attach 128", "mole block", None, at_most=3),
     Bound("import", "loraweave", "torch", at_most=1.1),
+    Bound("import", "loraweave --help", None, at_most=0.5),
     Bound("images", "switch", "peft 1", at_most=1.05),
     Bound("images", "composite", "three runs, peft 1", at_most=1.0),
     Bound("images", "composite, published", "composite", at_least=1.12),
@@ -87,20 +103,39 @@ def summary(seconds: dict[str, list[float]], baseline: str) -> dict[str, Any]:
     return {"baseline": baseline, "contenders": rows}
 
 
-def judge(results: Results, bounds: Iterable[Bound] = BOUNDS) -> Iterator[dict[str, Any]]:
-    """The bounds whose scenario was run, with what was measured."""
+def judge(
+    results: Results, memory: Mapping[str, Mapping[str, int]] | None = None, bounds: Iterable[Bound] = BOUNDS
+) -> Iterator[dict[str, Any]]:
+    """The bounds of times whose scenario was run, then those of memory, with what was measured."""
     for bound in bounds:
-        rows = results.get(bound.scenario, {}).get("contenders", {})
-        if bound.of in rows and bound.to in rows:
-            ratio = ratios(rows[bound.of]["seconds"], rows[bound.to]["seconds"])
+        measured = bound.measured(results.get(bound.scenario, {}).get("contenders", {}))
+        if measured is not None:
             yield {
                 "scenario": bound.scenario,
-                "ratio": f"{bound.of} / {bound.to}",
+                "ratio": f"{bound.of} / {bound.to}" if bound.to else bound.of,
                 "bound": bound.text,
-                "measured": ratio.median,
-                "quartiles": [ratio.low, ratio.high],
-                "holds": bound.holds(ratio.median),
+                "measured": measured.median,
+                "quartiles": [measured.low, measured.high],
+                "holds": bound.holds(measured.median),
             }
+    for ratio, most, value in _memory_ratios(memory or {}):
+        yield {
+            "scenario": "peak memory",
+            "ratio": ratio,
+            "bound": f"<= {most}",
+            "measured": value,
+            "quartiles": [value, value],
+            "holds": value <= most,
+        }
+
+
+def _memory_ratios(memory: Mapping[str, Mapping[str, int]]) -> Iterator[tuple[str, float, float]]:
+    """What is required of peak memory: what, at most how much, how much it is."""
+    if {"mole block", "peft LoRA"} <= memory.keys():
+        yield "train: mole block / peft LoRA", 1.0, memory["mole block"]["peak"] / memory["peft LoRA"]["peak"]
+    if {"attach: sum", "attach: bare"} <= memory.keys() and "files" in memory["attach: sum"]:
+        more = memory["attach: sum"]["peak"] - memory["attach: bare"]["peak"]
+        yield "attach 128: (sum - bare) / LoRA files", 1.05, more / memory["attach: sum"]["files"]
 
 
 def environment(threads: int) -> dict[str, Any]:

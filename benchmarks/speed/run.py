@@ -172,7 +172,7 @@ class Run:
         self._memory(memory.IMAGES, SIZES[self.options.size], self.folder / "images")
 
     def _keep(self) -> None:
-        self.result["bounds"] = list(report.judge(self.result["scenarios"]))
+        self.result["bounds"] = list(report.judge(self.result["scenarios"], self.result["memory"]))
         output = self.options.output
         if output is not None:
             output.parent.mkdir(parents=True, exist_ok=True)

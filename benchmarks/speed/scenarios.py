@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from speed.models import SIZES, Bench, Models, Size, inputs, token_ids
@@ -67,17 +68,27 @@ def forward(bench: Bench, models: Models, *, rows: int | None = None, cache: boo
     return {name: Task(partial(run, model)) for name, model in models.items()}
 
 
-def generate(bench: Bench, models: Models, *, rows: int, slow_rounds: int = 1) -> dict[str, Task]:
+def generate(bench: Bench, models: Models, *, rows: int, slow_rounds: int = 1, **options: Any) -> dict[str, Task]:
     batch = token_ids(bench.size, rows, bench.size.prompt)
     tokens = bench.size.new_tokens
 
     def run(model: Any, _: None) -> None:
         # Greedy, with a key-value cache; X-LoRA switches the cache off by itself.
-        ids = model.generate(**batch, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+        ids = model.generate(**batch, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, **options)
         assert ids.shape[1] == tokens + (bench.size.prompt if bench.size.family == "llama" else 1)
 
     slow = {name: slow_rounds for name in models if name == "peft X-LoRA"}
     return {name: Task(partial(run, model), rounds=slow.get(name)) for name, model in models.items()}
+
+
+def compiled(bench: Bench, models: Models) -> dict[str, Task]:
+    """Generation with a static cache by compiled models: one graph for the prompt, one for the steps."""
+    torch._dynamo.config.recompile_limit = 8 * len(models)  # they share the code that is compiled
+    backend = "inductor" if bench.size.layers >= 12 else "eager"  # of toys it is enough to see that they run
+    for model in models.values():
+        host: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        host.forward = torch.compile(host.forward, fullgraph=True, dynamic=False, backend=backend)
+    return generate(bench, models, rows=1, cache_implementation="static")
 
 
 def train(bench: Bench, _: Models) -> dict[str, Task]:
@@ -93,6 +104,11 @@ def _table() -> dict[str, Scenario]:
     table = {
         "forward": Scenario("core", "batch {0.batch} x {0.length}", "bare", forward, CORE),
         "generate, batch 1": Scenario("core", tokens, "bare", partial(generate, rows=1, slow_rounds=3), CORE),
+        "generate, batch 1 x 256": Scenario(
+            *("core", tokens, "bare", partial(generate, rows=1)),
+            ("bare", "floor", "peft all", "peft X-LoRA", "sum", "mole block"),
+            {"prompt": 256},
+        ),
         "generate, batch 2 x 256": Scenario(
             *("core", tokens, "bare", partial(generate, rows=2)),
             ("bare", "floor", "peft all", "peft X-LoRA", "sum", "mole block"),
@@ -116,6 +132,9 @@ def _table() -> dict[str, Scenario]:
             rounds=3,
         ),
     }
+    table["compiled, generate"] = Scenario(
+        *("compiled", tokens + ", compiled, static cache", "bare", compiled, (*FEW, "pooled: prompt"))
+    )
     for count in (1, 2, 4, 8, 16, 32, 64, 128):
         names = tuple(name for name in FEW if count > 1 or name != "mole top-2")
         changes = {"experts": count, "rank": 8, "alpha": 16}

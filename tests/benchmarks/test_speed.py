@@ -32,14 +32,15 @@ def test_the_suite_times_every_contender_and_writes_its_tables(tmp_path: Path) -
     output = tmp_path / "figures.json"
     run.main(["--size", "tiny", "--rounds", "1", "--threads", "1", "--group", "core", "-o", str(output)])
     written = json.loads(output.read_text())
-    assert set(written["scenarios"]) == {"forward", "generate, batch 1", "generate, batch 2 x 256", "train"}
+    longer = {"generate, batch 1 x 256", "generate, batch 2 x 256"}
+    assert set(written["scenarios"]) == {"forward", "generate, batch 1", "train"} | longer
     assert list(written["scenarios"].pop("train")["contenders"]) == list(STEPS) == list(written["memory"])
     assert all(0 < m["before"] <= m["peak"] for m in written["memory"].values())
     for name, scenario in written["scenarios"].items():
         assert tuple(scenario["contenders"]) == SCENARIOS[name].contenders
         assert scenario["arithmetic"]["ratio"] > 1
         assert all(len(c["seconds"]) == 1 and c["seconds"][0] > 0 for c in scenario["contenders"].values())
-    assert len(written["checks"]) == 4 + 4 + 4 + 2
+    assert len(written["checks"]) == 4 + 4 + 4 + 2 + 2
     assert all(name in output.with_suffix(".md").read_text() for name in NAMES)
 
 
@@ -129,12 +130,12 @@ def test_the_gates_are_not_trivial(bench: Bench) -> None:
 
 def test_every_bound_names_what_exists() -> None:
     for bound in report.BOUNDS:
-        if bound.scenario in ("images", "import"):
+        assert (bound.at_most is None) != (bound.at_least is None)
+        if bound.scenario in ("images", "import", "attach 128"):
             continue
         assert bound.scenario in SCENARIOS
         known = STEPS if bound.scenario == "train" else SCENARIOS[bound.scenario].contenders
         assert {bound.of, bound.to} <= set(known)
-        assert (bound.at_most is None) != (bound.at_least is None)
 
 
 @pytest.mark.slow
@@ -175,3 +176,20 @@ def test_bounds_are_judged_by_the_measured_ratio() -> None:
     results = {"forward": report.summary({"bare": [1.0, 1.0], "sum": [1.31, 1.31], "peft all": [1.8, 1.8]}, "bare")}
     verdicts = {v["ratio"]: v["holds"] for v in report.judge(results)}
     assert verdicts == {"sum / bare": False, "peft all / sum": True}
+
+
+def test_bounds_of_seconds_and_of_memory() -> None:
+    results = {"attach 128": report.summary({"peft all": [90.0], "sum": [2.9], "mole block": [3.2]}, "peft all")}
+    memory = {
+        "mole block": {"peak": 9},
+        "peft LoRA": {"peak": 10},
+        "attach: bare": {"peak": 100, "files": 40},
+        "attach: sum": {"peak": 143, "files": 40},
+    }
+    found = {v["ratio"]: (v["bound"], v["measured"], v["holds"]) for v in report.judge(results, memory)}
+    assert found == {
+        "sum": ("<= 3 s", 2.9, True),
+        "mole block": ("<= 3 s", 3.2, False),
+        "train: mole block / peft LoRA": ("<= 1.0", 0.9, True),
+        "attach 128: (sum - bare) / LoRA files": ("<= 1.05", 43 / 40, False),
+    }
