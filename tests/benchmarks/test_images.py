@@ -19,14 +19,15 @@ from loraweave.zoo import images
 
 
 def test_casts_and_compositions() -> None:
+    assert len({run.cast(seed) for seed in range(71)} | {run.TRIED}) == 72
     for seed in range(20):
         names = run.cast(seed)
         layers = [images.HELD_OUT[name].layer for name in names]
-        assert len(set(layers)) == 5
+        assert len(set(layers)) == 6
         assert "character" in layers
         made = run.composed(names, seed)
-        assert [len(one.loras) for one in made] == [2] * 4 + [3] * 6 + [4] * 4 + [5]
-        assert len({one.loras for one in made}) == 15
+        assert [len(one.loras) for one in made] == [2] * 5 + [3] * 10 + [4] * 10 + [5] * 5 + [6]
+        assert len({one.loras for one in made}) == 31
         assert all(images.HELD_OUT[name].words in one.prompt for one in made for name in one.loras)
         for name in names:
             others = [e.words for e in images.HELD_OUT.values() if e is not images.HELD_OUT[name]]
@@ -37,7 +38,7 @@ def test_casts_and_compositions() -> None:
 @pytest.mark.slow
 def test_fusion_paints_with_the_composition_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cell holds what the library fuses of the cast, and the pipeline is bare again."""
-    for name, value in (("FUSING_STEPS", 1), ("SIZES", (5,))):
+    for name, value in (("FUSING_STEPS", 1), ("SIZES", (6,))):
         monkeypatch.setattr(run, name, value)
     monkeypatch.setattr(images, "STEPS", 2)
     loras = run.cast(0)
@@ -66,23 +67,23 @@ def test_fusion_paints_with_the_composition_alone(tmp_path: Path, monkeypatch: p
 @pytest.mark.slow
 def test_it_paints_scores_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "STEPS", 2)
-    monkeypatch.setattr(run, "SIZES", (4, 5))
+    monkeypatch.setattr(run, "SIZES", (5, 6))
     small = ["--methods", "nla", "mole", "--seeds", "0", "1", "--noises", "1", "--steps", "1"]
     monkeypatch.setattr(sys, "argv", ["run.py", "-o", str(tmp_path), *small])
     run.main()
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results["summary"]) == ["nla", "mole"]
-    assert set(results["summary"]["nla"]["4"]) == {"text", "image", "distinct"}
+    assert set(results["summary"]["nla"]["5"]) == {"text", "image", "distinct"}
     value, low, high = results["differences"]["mole - nla"]["text"]
     assert low <= value <= high
     assert Image.open(tmp_path / "sheet.png").height > 2 * 96
     cell = tmp_path / "cells" / "nla-0.json"
     rows = json.loads(cell.read_text())["rows"]
-    assert results["summary"]["nla"]["5"]["text"][0] == pytest.approx(
+    assert results["summary"]["nla"]["6"]["text"][0] == pytest.approx(
         sum(json.loads((tmp_path / "cells" / f"nla-{s}.json").read_text())["rows"][-1]["text"] for s in (0, 1)) / 2,
         abs=1e-4,
     )
-    assert [row["size"] for row in rows] == [4, 4, 4, 4, 5]
+    assert [row["size"] for row in rows] == [5, 5, 5, 5, 5, 6]
     before = cell.stat().st_mtime_ns
     run.main()
     assert cell.stat().st_mtime_ns == before

@@ -97,7 +97,7 @@ class Site:
         self.driven = False
         self._driving: Weights | None = None
         self.observers: list[Callable[[Site], None]] = []
-        self._row_weights: dict[tuple[Layout, torch.device], Tensor] = {}
+        self._row_weights: dict[tuple[Layout, torch.device, torch.dtype], Tensor] = {}
         self._picked: dict[tuple[Layout, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         self._in_use: tuple[Weights, tuple[int, ...]] | None = None
         self._known: Weights | None = None
@@ -245,7 +245,7 @@ class Site:
         weights = self._weights()
         if torch.compiler.is_compiling():
             return self._spread(weights, bank, device)  # the compiler sees by itself what repeats
-        key = self._layout(bank), device  # a site may span devices
+        key = self._layout(bank), device, bank.dtype  # a site may span devices
         w = self._row_weights.get(key)
         if w is None:
             w = self._row_weights[key] = self._spread(weights, bank, device)
@@ -254,7 +254,7 @@ class Site:
     def _spread(self, weights: Weights, bank: Bank, device: torch.device) -> Tensor:
         dense = weights.dense
         dense = dense.to(device, torch.promote_types(dense.dtype, bank.dtype))
-        return dense @ self._layout(bank).spread(dense)
+        return (dense @ self._layout(bank).spread(dense)).to(bank.dtype)
 
     def _layout(self, bank: Bank) -> Layout:
         return bank.layout_of(self.used()) if isinstance(bank, PagedBank) else bank.layout
