@@ -21,6 +21,7 @@ from loraweave.experts.resolve import Reader, in_threads, resolve_expert
 from loraweave.experts.types import Expert
 from loraweave.files import atomic_path, replace_folder_atomic, write_json_atomic, write_text_atomic
 from loraweave.integrations.host import open_host
+from loraweave.modelcard import card
 from loraweave.policies import registry
 
 if TYPE_CHECKING:
@@ -244,40 +245,6 @@ def push(mixture: Mixture, repo_id: str, *, copy_experts: bool, private: bool, a
         url = hub.create_repo(repo_id, private=private, exist_ok=True)
         hub.upload_folder(repo_id=repo_id, folder_path=str(place), commit_message="Upload loraweave mixture")
     return str(url)
-
-
-def card(mixture: Mixture, results: Mapping[str, Any] | None = None) -> str:
-    """The README of a saved mixture."""
-    base = getattr(mixture.model, "name_or_path", "") or type(mixture.pipeline or mixture.model).__name__
-    use = "mixture.model.generate(**inputs)" if mixture.pipeline is None else 'mixture.pipeline("a prompt").images[0]'
-    lines = [
-        "---",
-        "library_name: loraweave",
-        "tags: [lora, mixture-of-experts]",
-        "---",
-        "",
-        f"# {len(mixture.experts)} LoRAs on {Path(base).name}, mixed by `{mixture.policy.name}`",
-        "",
-        "| expert | from |",
-        "| --- | --- |",
-        *(
-            f"| {e.name} | {Path(e.source).name if Path(e.source).is_absolute() else e.source} |"
-            for e in mixture.sources
-        ),
-        "",
-        "```python",
-        "import loraweave as lw",
-        "",
-        'mixture = lw.load("this-folder")',
-        use,
-        "```",
-        "",
-    ]
-    if results is not None:
-        from loraweave.reporting.tables import to_markdown
-
-        lines += ["## Results", "", to_markdown(results), ""]
-    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- experts
