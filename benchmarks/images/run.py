@@ -48,6 +48,7 @@ METHODS: dict[str, Any] = {
     "switch": lw.Switch(),
     "composite": lw.Composite(),
     "mole": lw.MoLE(activation="sigmoid"),
+    "mole_matrix": lw.MoLE("matrix", activation="linear", scale="experts"),
     "mole_softmax": lw.MoLE(),
     "mole_paper": lw.MoLE.paper(),
     "fused": lw.Sum(),
@@ -264,7 +265,7 @@ def main() -> None:
             means = {n: round(statistics.fmean(row[n] for row in made["rows"]), 4) for n in measured([made])}
             print(label, seed, means, made["training"], made["seconds"], flush=True)
     pairs = [("mole", "nla"), ("mole", "merge"), ("mole_softmax", "nla"), ("composite", "merge"), ("mole", "composite")]
-    pairs += [("fused", "nla"), ("fused", "merge"), ("mole", "fused")]
+    pairs += [("fused", "nla"), ("fused", "merge"), ("mole", "fused"), ("mole_matrix", "merge"), ("mole_matrix", "mole")]
     results = {
         "summary": summary(cells),
         "differences": differences(cells, pairs),
