@@ -96,4 +96,5 @@ def test_parts_that_are_kept_out_of_the_graph_use_what_its_gates_decide(name: st
     compiled = torch.compile(mixture.model, backend="eager")
     for inputs, wanted in zip(some, expected, strict=True):
         with torch.no_grad():
-            assert_close(compiled(**inputs).logits, wanted, atol=1e-10, rtol=1e-10)
+            # Dynamo reorders a sum here and there, and Llama's softmax and norms round to float32 in any precision.
+            assert_close(compiled(**inputs).logits, wanted, atol=2e-6, rtol=1e-5)
