@@ -103,8 +103,8 @@ def train_gates(mixture: lw.Mixture, seed: int, steps: int) -> dict[str, Any]:
     """Gates over a cast, by CLIP's judgement; the prompts are others than those that are painted."""
     names = mixture.experts
     painted = {one.prompt for one in composed(names, seed)}
-    prompts = [one.prompt for extra in range(3) for one in composed(names, 1000 + 10 * seed + extra, more=0.4)]
-    prompts = [prompt for prompt in prompts if prompt not in painted]
+    others = [one for extra in range(3) for one in composed(names, 1000 + 10 * seed + extra, more=0.4)]
+    prompts = [(one.prompt, one.loras) for one in others if one.prompt not in painted]
     words = {name: images.HELD_OUT[name].words for name in names}
     guidance = lw.ClipGuidance("zoo:images/clip-objective", words, guidance=images.GUIDANCE)
     done = lw.train_images(mixture, prompts, guidance, steps=steps, batch_size=BATCH, seed=seed, progress=False)
@@ -185,6 +185,18 @@ def cell(label: str, seed: int, args: argparse.Namespace, tiles: Any, judge: Com
     return {"method": label, "seed": seed, "training": learned, "seconds": round(seconds, 3), "rows": rows}
 
 
+def cell_settings(label: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """All that a cell's figures hang on; one made otherwise is made anew."""
+    return {
+        "loraweave": lw.__version__,
+        "method": repr(METHODS[label]),
+        "cast": list(cast(seed)),
+        "pictures": {str(size): min(args.noises, NOISES[size]) for size in SIZES},
+        "gates": [args.steps, BATCH] if label.startswith("mole") else None,
+        "fusing": FUSING_STEPS if label == "fused" else None,
+    }
+
+
 def measured(cells: list[dict[str, Any]]) -> list[str]:
     """What all cells have, distances among it or not."""
     return [name for name in (*MEASURES, *DISTANCES) if all(name in row for c in cells for row in c["rows"])]
@@ -256,7 +268,7 @@ def main() -> None:
     for seed in args.seeds:
         for label in args.methods:
             path = args.out / "cells" / f"{label}-{seed}.json"
-            settings = {"noises": args.noises, "steps": args.steps}
+            settings = cell_settings(label, seed, args)
             made = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
             if made is None or made["settings"] != settings:
                 made = cell(label, seed, args, tiles, judge) | {"settings": settings}

@@ -56,9 +56,9 @@ def demo(out: str | Path, *, seeds: int, steps: int, sets: int, denoising_steps:
     began = time.perf_counter()
     pipe: Any = images.pipeline()
     pipe.set_progress_bar_config(disable=True)
-    mixture = lw.attach(pipe, {name: f"zoo:images/{name}" for name in CAST}, lw.MoLE(activation="sigmoid", balance=0.1))
+    mixture = lw.attach(pipe, {name: f"zoo:images/{name}" for name in CAST}, lw.MoLE(activation="sigmoid"))
     composed = [one for size in range(2, len(CAST) + 1) for one in _compositions(size)[:sets]]
-    every = [one.prompt for size in range(2, len(CAST) + 1) for one in _compositions(size)]
+    every = [(one.prompt, one.loras) for size in range(2, len(CAST) + 1) for one in _compositions(size)]
     print(f"MoLE learns from {len(every)} prompts by CLIP's judgement, {steps} steps; then {len(METHODS) + 1} methods")
     guidance = lw.ClipGuidance(
         "zoo:images/clip-objective", {name: images.HELD_OUT[name].words for name in CAST}, guidance=images.GUIDANCE

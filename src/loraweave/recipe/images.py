@@ -12,7 +12,8 @@ images:
 train: {steps: 400, batch_size: 2, balance: 0.5}
 ```
 
-or ``images: {objective: denoising, pictures: {a knight: photos/knight}}``.
+or ``images: {objective: denoising, pictures: {a knight: photos/knight}}``. A prompt that is about some of the experts
+names them, ``{text: a knight, experts: [hero]}``: the others are masked while it is painted.
 """
 
 from __future__ import annotations
@@ -31,6 +32,13 @@ _DENOISING = {"pictures"}
 _TEXT_ONLY = ("max_input_length", "max_target_length", "gradient_accumulation_steps")
 
 
+class About(Part):
+    """A prompt, and the experts that it is about."""
+
+    text: str = Field(description="what is painted")
+    experts: tuple[str, ...] = Field(min_length=1, description="who paints it; the others are masked meanwhile")
+
+
 class Images(Part):
     """What gates of a pipeline learn from: CLIP's judgement of their pictures, or pictures to denoise."""
 
@@ -43,7 +51,9 @@ class Images(Part):
         default={}, description="denoising: prompt -> folder; a.txt beside a.png is its caption"
     )
     clip: str | None = Field(default=None, description="clip: folder or hub id of a CLIP model")
-    prompts: tuple[str, ...] = Field(default=(), description="clip: what is painted")
+    prompts: tuple[str | About, ...] = Field(
+        default=(), description="clip: what is painted, by all experts or {text: ..., experts: [...]}"
+    )
     concepts: dict[str, str] = Field(default={}, description="clip: expert -> phrase; default: its trigger words")
     references: dict[str, str] = Field(
         default={}, description="clip: expert -> folder of pictures, instead of a phrase"
@@ -89,8 +99,9 @@ class Images(Part):
             LoraweaveError: an unknown expert, or something that language models alone have.
         """
         known = list(names)
-        for field in ("concepts", "references", "boxes"):
-            for name in getattr(self, field):
+        about = [name for prompt in self.prompts if isinstance(prompt, About) for name in prompt.experts]
+        for field in ("concepts", "references", "boxes", "prompts"):
+            for name in about if field == "prompts" else getattr(self, field):
                 if name not in known:
                     raise LoraweaveError(f"images.{field}: {unknown('expert', name, known)}")
         if data:
@@ -127,4 +138,5 @@ class Images(Part):
         options = {name: getattr(self, name) for name in type(self).model_fields if name not in own}
         call = {} if self.size is None else {"width": self.size[0], "height": self.size[1]}
         concepts = self.concepts | {name: Path(place) for name, place in self.references.items()}
-        return list(self.prompts), ClipGuidance(self.clip, concepts=concepts, call=call, **options)
+        prompts = [(p.text, p.experts) if isinstance(p, About) else p for p in self.prompts]
+        return prompts, ClipGuidance(self.clip, concepts=concepts, call=call, **options)

@@ -42,6 +42,10 @@ class Lesson(Protocol):
     @property
     def prompts(self) -> Sequence[str]: ...
 
+    @property
+    def experts(self) -> Sequence[tuple[str, ...] | None]:
+        """Of each item, the experts at work while it is taught; ``None`` for all."""
+
     def loss(self, draws: Sequence[Draw]) -> Tensor:
         """The mean loss of a batch, a scalar with gradient."""
 
@@ -52,7 +56,8 @@ class ClipGuidance:
 
     ``global_weight (1 - cos(picture, prompt)) + local_weight mean_i (1 - max_crops cos(crop, concept i))``: the whole
     picture shall show the prompt, and every concept shall be seen somewhere, or in its box. Pictures are the pipeline's
-    estimates at a step drawn from ``when``; that step and the decoder have gradients.
+    estimates at a step drawn from ``when``; that step and the decoder have gradients. A prompt that is given with the
+    experts it is about is painted by these alone, and only their concepts are looked for.
 
     Args:
         clip: folder or hub id of a CLIP model, or a :class:`loraweave.integrations.clip.Clip`.
@@ -108,20 +113,40 @@ class ClipGuidance:
         return cls(clip, **{"steps": 50, "guidance": 7.5, "scheduler": "DDPMScheduler", **options})
 
     def lesson(self, mixture: Mixture, data: Any, device: torch.device) -> Lesson:
-        """Ready for ``data``, a list of prompts.
+        """Ready for ``data``: a list of prompts, or of pairs of a prompt and the experts that it is about.
 
         Raises:
             LoraweaveError: no prompts, no CLIP, an expert without a concept, or an unknown expert.
         """
-        prompts = [data] if isinstance(data, str) else list(data) if isinstance(data, Iterable) else []
-        if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
+        items = [data] if isinstance(data, str) else list(data) if isinstance(data, Iterable) else []
+        asked = [(item, None) if isinstance(item, str) else _pair(item) for item in items]
+        if not asked or not all(prompt.strip() for prompt, _ in asked):
             raise LoraweaveError("prompts: expected a list of texts, at least one, none of them blank")
-        return _Guided(self, mixture, prompts, device)
+        for _, names in asked:
+            for name in names or ():
+                if name not in mixture.experts:
+                    raise LoraweaveError(f"prompts: {unknown('expert', name, mixture.experts)}")
+        return _Guided(self, mixture, asked, device)
+
+
+def _pair(item: Any) -> tuple[str, tuple[str, ...]]:
+    match item:
+        case (str() as prompt, [*names]) if names and all(isinstance(name, str) for name in names):
+            return prompt, tuple(dict.fromkeys(names))
+    raise LoraweaveError(f"prompts: expected a text, or a pair of a text and the names of some experts, got {item!r}")
 
 
 class _Guided:
-    def __init__(self, options: ClipGuidance, mixture: Mixture, prompts: list[str], device: torch.device) -> None:
-        self.options, self.pipe, self.prompts = options, mixture.pipeline, prompts
+    def __init__(
+        self,
+        options: ClipGuidance,
+        mixture: Mixture,
+        asked: Sequence[tuple[str, tuple[str, ...] | None]],
+        device: torch.device,
+    ) -> None:
+        self.options, self.pipe = options, mixture.pipeline
+        self.prompts = prompts = [prompt for prompt, _ in asked]
+        self.experts = [names for _, names in asked]
         for name in (*options.concepts, *options.boxes):
             if name not in mixture.experts:
                 raise unknown("expert", name, mixture.experts)
@@ -175,9 +200,11 @@ class _Guided:
         return total
 
     def local(self, picture: Tensor, draw: Draw) -> Tensor:
-        boxes = self.options.boxes
+        names = self.experts[draw.item]
+        about = [name for name in self.concepts if names is None or name in names]
+        boxes = {name: box for name, box in self.options.boxes.items() if name in about}
         losses = []
-        free = [name for name in self.concepts if name not in boxes]
+        free = [name for name in about if name not in boxes]
         if free:
             generator = torch.Generator().manual_seed(draw.seed)
             seen = self.clip.pictures(self.cut(picture, random_boxes(self.options, generator)))
@@ -268,6 +295,7 @@ class _Denoised:
     def __init__(self, options: Denoising, pipe: Any, pictures: list[gallery.Captioned], device: torch.device) -> None:
         self.options, self.pipe = options, pipe
         self.prompts = [picture.prompt for picture in pictures]
+        self.experts = [None] * len(pictures)
         self.latents = [runs.encoded(self.pipe, p.pixels.unsqueeze(0).to(device))[0].cpu() for p in pictures]
 
     def loss(self, draws: Sequence[Draw]) -> Tensor:

@@ -7,7 +7,7 @@ import random
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,8 +60,9 @@ def train_images(
 
     Args:
         mixture: attached to a pipeline, with a policy that learns (``MoLE``).
-        data: prompts, for :class:`ClipGuidance`; prompt -> folder of pictures, or pairs of picture and prompt, for
-            :class:`Denoising`.
+        data: for :class:`ClipGuidance` prompts, or pairs of a prompt and the names of the experts that it is about (the
+            others are masked meanwhile, as they will be when it is painted); for :class:`Denoising` prompt -> folder of
+            pictures, or pairs of picture and prompt.
         objective: what the gates are taught by.
         steps: optimiser steps.
         learning_rate: at its highest; a short warm-up, then linear to zero. Default: what suits the gates' width.
@@ -111,7 +112,7 @@ def train_images(
         rows = batch_size * accelerator.num_processes
         settings: dict[str, Any] = {"steps": steps, "rows": rows, "seed": seed, "learning_rate": rate}
         settings |= {"balance": weight, "warmup_steps": warmup, **checkpoints.described(objective)}
-        settings["prompts"] = hashlib.sha256("\n".join(lesson.prompts).encode()).hexdigest()[:12]
+        settings["prompts"] = _fingerprint(lesson)
         done = checkpoints.Progress(0, [], 0.0, settings)
         found = checkpoints.read(folder, mixture, settings) if resume and folder is not None else None
         if found is not None:
@@ -125,8 +126,9 @@ def train_images(
             def look() -> None:
                 for step in range(MEASURED_BATCHES):
                     draws = list(draws_of(seed, step, rows, len(lesson.prompts)))
-                    with accelerator.autocast():
-                        lesson.loss(draws[accelerator.process_index * batch_size :][:batch_size])
+                    for names, part in _parts(lesson, draws[accelerator.process_index * batch_size :][:batch_size]):
+                        with _at_work(mixture, names), accelerator.autocast():
+                            lesson.loss(part)
 
             measure(mixture, look, accelerator)
         begun, total = done.step, 0.0
@@ -151,19 +153,16 @@ def train_images(
             while done.step < steps:
                 draws = list(draws_of(seed, done.step, rows, len(lesson.prompts)))
                 mine = draws[accelerator.process_index * batch_size :][:batch_size]
-                with accelerator.autocast():
-                    task, shares = _pass(mixture, lesson, mine, accelerator)
-                    loss = task + weight * balance_loss(shares) if weight else task
-                if not torch.isfinite(accelerator.reduce(loss.detach(), "mean")):
+                loss, told = _teach(mixture, lesson, mine, weight, accelerator)
+                if not torch.isfinite(loss):
                     raise LoraweaveError(
                         f"training: the loss at step {done.step + 1} is not finite; lower the learning rate, or train "
                         "in bf16 or full precision"
                     )
-                accelerator.backward(loss)
                 if accelerator.num_processes > 1:
                     average_gradients(accelerator, learned)
                 norm = accelerator.clip_grad_norm_(learned, 1.0)
-                told = _log(mixture, accelerator.reduce(task.detach(), "mean"), shares, norm)
+                told["gradient"] = float(norm) if norm is not None else 0.0
                 with undivided():
                     prepared.step()
                     schedule.step()
@@ -179,7 +178,7 @@ def train_images(
                 if sample_every is not None and (done.step % sample_every == 0 or done.step == steps):
                     assert folder is not None
                     if accelerator.is_main_process:
-                        _sample(pipe, lesson, objective, folder / SAMPLES / f"step-{done.step:06d}.png")
+                        _sample(mixture, lesson, objective, folder / SAMPLES / f"step-{done.step:06d}.png")
         except KeyboardInterrupt:
             if done.step > begun:
                 with undivided():
@@ -240,40 +239,89 @@ def draws_of(seed: int, step: int, rows: int, items: int) -> Iterator[Draw]:
         yield Draw(random.Random(f"{seed} row {n}").getrandbits(60), batch, order[n % items])
 
 
-def _pass(mixture: Mixture, lesson: Lesson, draws: Sequence[Draw], accelerator: Any) -> tuple[Tensor, Tensor]:
-    """The task loss of this process's rows, and each expert's mean share over all sites, rows and processes."""
+def _parts(lesson: Lesson, draws: Sequence[Draw]) -> Iterator[tuple[tuple[str, ...] | None, list[Draw]]]:
+    """The rows by the experts that are at work in them."""
+    parts: dict[tuple[str, ...] | None, list[Draw]] = {}
+    for draw in draws:
+        parts.setdefault(lesson.experts[draw.item], []).append(draw)
+    yield from parts.items()
+
+
+@contextmanager
+def _at_work(mixture: Mixture, names: tuple[str, ...] | None) -> Iterator[None]:
+    with nullcontext() if names is None else mixture.only(*names):
+        yield
+
+
+def _teach(
+    mixture: Mixture, lesson: Lesson, draws: Sequence[Draw], weight: float, accelerator: Any
+) -> tuple[Tensor, dict[str, float]]:
+    """Forward and backward of this process's rows: the loss of all processes' rows, and what is logged.
+
+    Rows with other experts at work go one after the other, each backward under its own mask: what gradient
+    checkpointing computes again must find the mask that it was computed under.
+    """
+    whole = {name: torch.zeros((), device=accelerator.device) for name in ("loss", "task", "entropy")}
+    whole["shares"] = torch.zeros(len(mixture.experts), device=accelerator.device)
+    together = all(names is None for names in lesson.experts)
+    for names, part in _parts(lesson, draws):
+        with _at_work(mixture, names):
+            with accelerator.autocast():
+                task, shares, entropy = _pass(mixture, lesson, part, accelerator if together else None)
+                kept = [mixture.experts.index(name) for name in mixture.kept]
+                loss = task + weight * balance_loss(shares[kept]) if weight else task
+            share = len(part) / len(draws)
+            accelerator.backward(share * loss)
+        for name, value in (("loss", loss), ("task", task), ("shares", shares), ("entropy", entropy)):
+            whole[name] += share * value.detach().to(whole[name])
+    if accelerator.num_processes > 1:
+        whole = {name: accelerator.reduce(value, "mean") for name, value in whole.items()}
+    told = {"task_loss": float(whole["task"]), "balance_loss": float(balance_loss(whole["shares"]))}
+    told["entropy"] = float(whole["entropy"])
+    told |= {f"load/{name}": float(value) for name, value in zip(mixture.experts, whole["shares"], strict=True)}
+    return whole["loss"], told
+
+
+def _pass(
+    mixture: Mixture, lesson: Lesson, draws: Sequence[Draw], accelerator: Any | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The task loss of some rows, each expert's mean share over all sites and rows, and the gates' mean entropy.
+
+    With an ``accelerator`` the shares are those of all processes' rows.
+    """
     sites = [site for site in mixture.sites if site.gate is not None]
     for site in sites:
         site.clear()
     task = lesson.loss(draws)
-    shares = torch.stack([gates.site_shares(site).to(task.device) for site in sites if site.current is not None])
-    mine = shares.mean(0)
-    # Of all processes in value, of this one in gradient: the mean of the gradients is then the whole batch's.
-    return task, mine + (accelerator.reduce(mine.detach().clone(), "mean") - mine.detach())
+    sites = [site for site in sites if site.current is not None]
+    shares = torch.stack([gates.site_shares(site).to(task.device) for site in sites]).mean(0)
+    if accelerator is not None:
+        # Of all processes in value, of this one in gradient: the mean of the gradients is then the whole batch's.
+        shares = shares + (accelerator.reduce(shares.detach().clone(), "mean") - shares.detach())
+    with torch.no_grad():
+        entropy = torch.stack([gates.entropy(site).to(task.device) for site in sites]).mean()
+    return task, shares, entropy
 
 
-@torch.no_grad()
-def _log(mixture: Mixture, task: Tensor, shares: Tensor, norm: Tensor | None) -> dict[str, float]:
-    sites = [site for site in mixture.sites if site.gate is not None and site.current is not None]
-    entropy = sum(float(gates.entropy(site)) for site in sites) / len(sites)
-    return {
-        "task_loss": float(task),
-        "balance_loss": float(balance_loss(shares)),
-        "entropy": entropy,
-        "gradient": float(norm) if norm is not None else 0.0,
-        **{f"load/{name}": float(share) for name, share in zip(mixture.experts, shares, strict=True)},
-    }
+def _fingerprint(lesson: Lesson) -> str:
+    """Of the prompts, and of the experts they are about where that is said."""
+    about = [] if all(names is None for names in lesson.experts) else list(map(str, lesson.experts))
+    return hashlib.sha256("\n".join([*lesson.prompts, *about]).encode()).hexdigest()[:12]
 
 
-def _sample(pipe: Any, lesson: Lesson, objective: ClipGuidance | Denoising, path: Path) -> None:
+def _sample(mixture: Mixture, lesson: Lesson, objective: ClipGuidance | Denoising, path: Path) -> None:
     """Pictures of the first prompts, always from the same noise, beside each other."""
     from PIL import Image
 
-    prompts = list(dict.fromkeys(lesson.prompts))[:_SHOWN]
+    asked = list(dict.fromkeys(zip(lesson.prompts, lesson.experts, strict=True)))[:_SHOWN]
     call = {"num_inference_steps": getattr(objective, "steps", 20)} | dict(objective.call)
     guidance = getattr(objective, "guidance", None)
     call |= {} if guidance is None else {"guidance_scale": guidance}
-    images = [pipe(p, generator=torch.Generator().manual_seed(n), **call).images[0] for n, p in enumerate(prompts)]
+    images = []
+    for number, (prompt, names) in enumerate(asked):
+        with _at_work(mixture, names):
+            generator = torch.Generator().manual_seed(number)
+            images += mixture.pipeline(prompt, generator=generator, **call).images[:1]
     sheet = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)))
     left = 0
     for image in images:
