@@ -113,18 +113,17 @@ def _named(recipe: Path) -> Iterator[tuple[str, str]]:
 def chosen_rows(wanted: Wanted, items: Sequence[Item], numbers: Numbers) -> list[dict[str, Any]]:
     """The rows of a file, drawn from the items of its split, in a random order, so that the first few are fair.
 
-    Items without answers are left out. Where several answers are right, all that a split has for one input stand
+    Incomplete items are left out. Where several answers are right, all that a split has for one input stand
     in one row. Where one split serves both parts, no tested input is among those learned from.
 
     Raises:
-        LoraweaveError: no item has an answer, or a split is too small to be cut in two.
+        LoraweaveError: no item is complete, or a split is too small to be cut in two.
     """
-    chosen, labelled = wanted.set, [item for item in items if item.answers]
-    if not labelled:
-        raise LoraweaveError(
-            f"{chosen.title}, {chosen.split(wanted.part)}: none of {len(items)} rows has an answer; take another copy"
-        )
-    rows = [(chosen.prompt.format(**item.fields), item.answers) for item in labelled]
+    chosen, complete = wanted.set, [item for item in items if item.complete]
+    if not complete:
+        where = f"{chosen.title}, {chosen.split(wanted.part)}"
+        raise LoraweaveError(f"{where}: none of {len(items)} rows has a question and an answer; take another copy")
+    rows = [(chosen.prompt.format(**item.fields), item.answers) for item in complete]
     if chosen.several:
         rows = list(_together(rows).items())
     _rng(wanted, numbers, "order").shuffle(rows)

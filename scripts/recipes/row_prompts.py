@@ -27,6 +27,11 @@ class Item:
     fields: dict[str, str]
     answers: tuple[str, ...]
 
+    @property
+    def complete(self) -> bool:
+        """Whether there is something to ask and to answer: WMT's pairs, too, are blank on one side at times."""
+        return bool(self.answers) and all(self.fields.values())
+
 
 Reader: TypeAlias = Callable[[Raw], Item]
 
@@ -52,13 +57,13 @@ def translation(source: str, target: str) -> Reader:
 
 def concepts(row: Raw) -> Item:
     """CommonGen: words, and a sentence with all of them, which the test split leaves blank."""
-    return Item({"words": ", ".join(_texts(row, "concepts"))}, _right(_text(row, "target", blank=True)))
+    return Item({"words": ", ".join(_texts(row, "concepts"))}, _right(_text(row, "target")))
 
 
 def triples(row: Raw) -> Item:
     """DART: facts of three parts."""
     facts = row.get("tripleset")
-    if not isinstance(facts, list) or not facts:
+    if not isinstance(facts, list):
         raise _wrong("tripleset", "a list of facts", facts)
     lines = [" | ".join(_texts({"tripleset": fact}, "tripleset")) for fact in facts]
     return Item({"facts": "\n".join(lines)}, _references(row))
@@ -77,7 +82,7 @@ def description(row: Raw) -> Item:
 def choice(row: Raw) -> Item:
     """ARC: a question, choices with labels, and the label of the right one. The answer is the choice's text."""
     offered = _mapping(row, "choices")
-    texts, labels, key = _texts(offered, "text"), _texts(offered, "label"), _text(row, "answerKey", blank=True)
+    texts, labels, key = _texts(offered, "text"), _texts(offered, "label"), _text(row, "answerKey")
     if len(texts) != len(labels) or (key and key not in labels):
         raise _wrong("choices", f"as many labels as texts, one of them the answer's ({key!r})", offered)
     options = "\n".join(f"- {text}" for text in texts)
@@ -94,7 +99,7 @@ def question(row: Raw) -> Item:
 def trivia(row: Raw) -> Item:
     """TriviaQA: an answer and its other names, also as the authors' own score normalises them."""
     answer = _mapping(row, "answer")
-    names = [*_texts(answer, "aliases", empty=True), *_texts(answer, "normalized_aliases", empty=True)]
+    names = [*_texts(answer, "aliases", optional=True), *_texts(answer, "normalized_aliases", optional=True)]
     return Item({"question": _text(row, "question")}, _right(_text(answer, "value"), *names))
 
 
@@ -105,7 +110,7 @@ def as_it_stands(row: Raw) -> Item:
 
 def _references(row: Raw) -> tuple[str, ...]:
     """GEM's sets: ``target``, and beside it ``references``, which training splits leave empty."""
-    return _right(_text(row, "target", blank=True), *_texts(row, "references", empty=True))
+    return _right(_text(row, "target"), *_texts(row, "references", optional=True))
 
 
 def _right(*answers: str) -> tuple[str, ...]:
@@ -123,16 +128,18 @@ def _label(row: Raw, labels: Mapping[str, str]) -> tuple[str, ...]:
     raise _wrong("label", f"a number below {len(labels)}, -1, or one of {', '.join(labels)}", label)
 
 
-def _text(row: Raw, key: str, *, blank: bool = False) -> str:
+def _text(row: Raw, key: str) -> str:
     value = row.get(key)
-    if not isinstance(value, str) or not (value.strip() or blank):
+    if not isinstance(value, str):
         raise _wrong(key, "text", value)
     return value.strip()
 
 
-def _texts(row: Raw, key: str, *, empty: bool = False) -> list[str]:
+def _texts(row: Raw, key: str, *, optional: bool = False) -> list[str]:
     value = row.get(key)
-    if not isinstance(value, list) or not (value or empty) or not all(isinstance(one, str) for one in value):
+    if value is None and optional:
+        return []
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
         raise _wrong(key, "a list of texts", value)
     return [one.strip() for one in value]
 

@@ -40,12 +40,12 @@ class Source:
     origin: str
 
     def items(self, chosen: PublicSet, enough: int | None, rng: random.Random) -> Iterator[Item]:
-        """Every row, or of a large split some parts of it, that hold at least ``enough`` labelled rows if it does.
+        """Every row, or of a large split some parts of it, with ``enough`` complete rows to draw from, if it has them.
 
         Raises:
             LoraweaveError: a row cannot be read, or is not as the set's rows should be.
         """
-        parts = self._parts()
+        parts = self.rows if enough is None else self._parts()
         if enough is None or parts.num_shards <= PARTS:
             yield from self._read(chosen, self.rows, "")
             return
@@ -55,7 +55,7 @@ class Source:
             if count >= PARTS and found >= SPARE * enough:
                 return
             for item in self._read(chosen, parts.shard(parts.num_shards, index), f" of part {index + 1}"):
-                found += bool(item.answers)
+                found += item.complete
                 yield item
 
     def _parts(self) -> Any:

@@ -83,8 +83,8 @@ def make(wanted: Wanted, numbers: Numbers, copies: Path | None) -> None:
     write(wanted, rows, numbers, source.origin)
     asked = numbers.learn(chosen) if wanted.part == "train" else numbers.test
     fewer = f" (all there are; {asked:,} were asked for)" if asked and len(rows) < asked else ""
-    silent = sum(not item.answers for item in items)
-    left_out = f"; {silent:,} without an answer left out" if silent else ""
+    blank = sum(not item.complete for item in items)
+    left_out = f"; {blank:,} without a question or an answer left out" if blank else ""
     print(f"{wanted.path}: {len(rows):,} rows{fewer} of {chosen.title}, {split}{left_out}")
 
 

@@ -153,13 +153,13 @@ def test_unlabelled_rows_are_left_out(recipes: Path, copies: Path, capsys: pytes
     write_rows(glue / "validation.jsonl", [qnli(number, "validation") for number in range(3)] + [qnli(9, "test")])
     recipe = [str(recipes / "table05.yaml"), "--only", "qnli", "--from", str(copies)]
     assert command.main(recipe) == 0
-    assert "qnli.test.jsonl: 3 rows of nyu-mll/glue (qnli), validation; 1 without an answer left out" in (
+    assert "qnli.test.jsonl: 3 rows of nyu-mll/glue (qnli), validation; 1 without a question or an answer left out" in (
         capsys.readouterr().out
     )
     (recipes / "data" / "qnli.test.jsonl").unlink()
     write_rows(glue / "validation.jsonl", [qnli(number, "test") for number in range(3)])
     assert command.main(recipe) == 2
-    assert "none of 3 rows has an answer" in capsys.readouterr().err
+    assert "none of 3 rows has a question and an answer" in capsys.readouterr().err
 
 
 def test_one_split_is_cut_in_two(recipes: Path, copies: Path) -> None:
