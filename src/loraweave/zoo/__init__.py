@@ -54,7 +54,7 @@ def experts(names: Iterable[str] | None = None) -> dict[str, Path]:
 
 def place(source: str) -> Path:
     """Where something bundled lies that recipes call ``zoo`` (the model), ``zoo:NAME`` (a LoRA), ``zoo:images`` (the
-    image pipeline) or ``zoo:images/NAME`` (a LoRA or CLIP for it).
+    image pipeline) or ``zoo:images/NAME`` (a LoRA or CLIP for it, or ``shifts/`` and the name of spectral shifts).
 
     Raises:
         LoraweaveError: there is nothing of that name.
