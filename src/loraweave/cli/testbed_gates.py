@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -81,7 +82,16 @@ class Course:
         return True
 
     def train(self, mixture: Mixture) -> None:
-        """Train the gates and save them; an interrupted run goes on from its last checkpoint."""
+        """Train the gates and save them; an interrupted run goes on from its last checkpoint.
+
+        Raises:
+            LoraweaveError: several processes were started, or see :func:`loraweave.train_images`.
+        """
+        if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+            raise LoraweaveError(
+                f"compare.{self.label}: a test bed trains in one process, got {processes}; let them share "
+                f"'loraweave train', and name what it saves: compare.{self.label}: {{saved: FOLDER}}"
+            )
         kept, method, experts = unfinished(self.place), self.recipe.method, self.recipe.names
         print(f"{self.label}: training gates ({method.name}) over {', '.join(experts)}", flush=True)
         mixture.policy = method.policy()

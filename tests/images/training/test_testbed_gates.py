@@ -250,3 +250,13 @@ def test_mistakes_show_before_anything_is_trained(
     assert told.count("\n") == 1
     assert not steps
     assert not list(tmp_path.glob("out/*/*.png"))
+
+
+def test_several_processes_are_refused(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(bed(place, tmp_path)) == 2
+    assert "compare.gated: a test bed trains in one process, got 2; let them share 'loraweave train'" in (
+        capsys.readouterr().err
+    )
