@@ -21,6 +21,8 @@ from loraweave.evaluation.image_metrics import Clip, image_alignment, text_align
 from loraweave.evaluation.judges.pictures import read_pictures
 from loraweave.integrations.diffusers import load_pipeline
 from loraweave.recipe import load_recipe
+from loraweave.recipe.needs import needs
+from loraweave.zoo import images
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +114,8 @@ def test_methods_that_would_have_to_learn_are_refused(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["testbed", str(recipe), "-o", str(tmp_path), "compare=[switch,mole]"]) == 2
-    assert "compare.mole: mole learns, and nothing here trains it for pictures" in capsys.readouterr().err
+    said = "compare.mole: mole learns, and nothing here trains it for pictures; say by what in a section 'images'"
+    assert said in capsys.readouterr().err
     assert not list(tmp_path.glob("**/*.png"))
     assert main(["testbed", str(recipe), "-o", str(tmp_path / "b"), "testbed.scheduler=DDIMShedule"]) == 2
     assert "did you mean 'DDIMScheduler'" in capsys.readouterr().err
@@ -189,11 +192,11 @@ def test_painted_pictures_are_scored(
     for method in ("merge", "switch"):
         painted = {prompt: Image.open(out / method / f"{name}.png") for prompt, name in names.items()}
         texts = [text_alignment(looks, [picture], [prompt])[0] for prompt, picture in painted.items()]
-        images = [image_alignment(looks, [painted["hero, coat"]], [one])[0] for one in references]
+        alike = [image_alignment(looks, [painted["hero, coat"]], [one])[0] for one in references]
         assert found["scores"][method] == {
             "text_alignment": pytest.approx(sum(texts) / 2, abs=1e-5),
-            f"image_alignment_{second}": pytest.approx(sum(images) / 2, abs=1e-5),
-            "image_alignment": pytest.approx(sum(images) / 2, abs=1e-5),
+            f"image_alignment_{second}": pytest.approx(sum(alike) / 2, abs=1e-5),
+            "image_alignment": pytest.approx(sum(alike) / 2, abs=1e-5),
         }
         hits = []
         for prompt, wanted in (("hero, coat", {first, second}), ("hero, hat", {first, third})):
@@ -204,6 +207,42 @@ def test_painted_pictures_are_scored(
     assert f"0.700  {found['scores']['merge']['text_alignment']:.3f}" in said
     assert main(["testbed", str(tmp_path / "recipe.yaml"), "--clip", str(clip)]) == 2
     assert "--clip goes with --out" in capsys.readouterr().err
+
+
+def test_references_may_be_bundled(recipe: Path, sets: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What one CLIP saw says nothing to another, nor to DINO, and that shows before anything is painted."""
+    first, second, third = sets("sd15").files
+    bundled = [f"testbed.elements.{second}.references=zoo:images/faerie"]
+    bundled += [f"testbed.elements.{third}.references=zoo:images/acid"]
+    bed = ["testbed", str(recipe), "-o", str(tmp_path / "out"), "compare=[sum]", *bundled]
+    tiny_clip(tmp_path / "clip")
+    metrics = "zoo:images/clip-metrics"
+    for options, said in (
+        (["--clip", str(tmp_path / "clip")], f"says nothing in the space of --clip {tmp_path / 'clip'}; score with"),
+        (["--clip", "zoo:images/clip-objective"], "in the space of --clip zoo:images/clip-objective; score with"),
+        (["--clip", metrics, "--dino", "someone/dino"], "in the space of --dino someone/dino; score with"),
+    ):
+        assert main([*bed, *options]) == 2
+        told = capsys.readouterr().err
+        assert f"testbed.elements.{second}.references: zoo:images/faerie is what {metrics} saw" in told
+        assert said in told
+        assert told.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+    wrong = f"testbed.elements.{second}.references=zoo:images/fairie"
+    assert main([*bed, wrong, "--clip", metrics]) == 2
+    assert "unknown bundled reference 'zoo:images/fairie'; did you mean 'zoo:images/faerie'" in capsys.readouterr().err
+    assert main([*bed, "--clip", metrics]) == 0
+    found = json.loads((tmp_path / "out" / "alignment.json").read_text())["scores"]["sum"]
+    looks, own = Clip(metrics), {}
+    for name, reference in ((second, "faerie"), (third, "acid")):
+        seen = looks.pictures([Image.open(tmp_path / "out" / "sum" / f"{first}+{name}.png")])[0]
+        own[name] = float(seen @ images.references()[reference])
+        assert found[f"image_alignment_{name}"] == pytest.approx(own[name], abs=1e-6)
+    assert found["image_alignment"] == pytest.approx(sum(own.values()) / 2, abs=1e-6)
+    # The folder is the same model as its name.
+    assert main([*bed, "--clip", str(images.clip_path("clip-metrics"))]) == 0
+    read = load_recipe(recipe, bundled)
+    assert {n.state for n in needs(read, recipe.parent) if n.what.endswith("references")} == {"bundled"}
 
 
 def tiny_clip(folder: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import loraweave as lw
 from loraweave.cli import main
 from loraweave.recipe import load_recipe
 from loraweave.recipe.needs import needs
@@ -148,8 +149,12 @@ def test_a_small_form_runs_with_the_papers_figures_beside_ours(
 @pytest.mark.slow
 @pytest.mark.parametrize("path", SMALL, ids=name)
 def test_every_small_form_runs(path: Path, tmp_path: Path) -> None:
-    if load_recipe(path, small=True).testbed is not None:
+    recipe = load_recipe(path, small=True)
+    if recipe.testbed is not None:
         assert main(paint_small(path, tmp_path)) == 0
+        scores = json.loads((tmp_path / "alignment.json").read_text())["scores"]
+        assert list(scores) == list(recipe.compare)
+        assert all(("image_alignment" in of_method) == (path in GATED) for of_method in scores.values())
         return
     quick = ["train.steps=2", "train.seeds=[0]", "data.train_items=8", "data.test_items=10"]
     assert main(["compare", str(path), "--small", "-o", str(tmp_path / "out"), *quick]) == 0
@@ -158,6 +163,8 @@ def test_every_small_form_runs(path: Path, tmp_path: Path) -> None:
 def paint_small(path: Path, out: Path) -> list[str]:
     """The smallest run of a test bed's small form."""
     quick = ["--limit", "1", "testbed.steps=1", "testbed.seeds=[0]"]
+    if load_recipe(path, small=True).images is not None:
+        quick += ["train.steps=1", "train.batch_size=1", "images.steps=1"]
     return ["testbed", str(path), "--small", "-o", str(out), "--clip", "zoo:images/clip-metrics", *quick]
 
 
@@ -168,15 +175,62 @@ def test_a_table_of_pictures_runs_in_its_small_form(
     path = ROOT / "mole" / "table02" / "n3.yaml"
     assert main([*paint_small(path, tmp_path), 'testbed.prompts=["a {tengu} in a {faerie}, with a {quarter}"]']) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "1 sets by nla, sum: 2 pictures" in said
+    assert "1 sets by nla, sum, svdiff, mole, mole_ours: 5 pictures" in said
     assert "MoLE, Table 2: 3 concepts (CLIP): figures of the paper, and ours on the bundled zoo" in said
-    ours = json.loads((tmp_path / "alignment.json").read_text())["scores"]
-    assert re.search(rf"text_alignment\s+0\.678\s+{ours['nla']['text_alignment']:.3f}", said)
+    told = json.loads((tmp_path / "alignment.json").read_text())
+    ours = told["scores"]
+    assert list(told["costs"]) == ["mole", "mole_ours"]
+    assert len(ours["mole"]) == 5  # text, three elements, and their mean
+    for column, nla, mole in (("text_alignment", "0.678", "0.759"), ("image_alignment", "0.694", "0.757")):
+        first, last = (f"{ours[method][column]:.3f}" for method in ("nla", "mole"))
+        assert re.search(f"{column} {nla} {first} .* {mole} {last} ", said), column
     (row,) = map(json.loads, (tmp_path / "pictures.jsonl").read_text().splitlines())
     assert row["prompt"] == "a kenku tengu in a sylva faerie mail, with a mirel quartered shield"
 
 
-@pytest.mark.parametrize("path", [path for path in SMALL if "base: zoo:images" in path.read_text()], ids=name)
+PICTURED = [path for path in SMALL if "base: zoo:images" in path.read_text()]
+GATED = [path for path in PICTURED if path.is_relative_to(ROOT / "mole")]
+
+
+@pytest.mark.parametrize("path", GATED, ids=name)
+def test_tables_of_pictures_train_and_paint_mole(path: Path) -> None:
+    """In the paper's form beside the library's own, on prompts that are not painted; scored by texts and pictures."""
+    full, small = load_recipe(path), load_recipe(path, small=True)
+    levels = ["m_mole", "l_mole", "b_mole", "n_mole"] if path.stem == "table09" else ["mole"]
+    assert list(full.compare) == ["nla", "sum", *levels, "mole_ours"]
+    assert list(small.compare) == ["nla", "sum", *([] if path.stem == "table09" else ["svdiff"]), *levels, "mole_ours"]
+    assert full.published is not None
+    assert set(levels) <= set(full.published.scores)
+    for recipe in (full, small):
+        policies = [recipe.compare[level].method.policy() for level in levels]
+        grains = ["matrix", "layer", "block", "network"] if len(levels) > 1 else ["block"]
+        assert policies == [lw.MoLE.paper(granularity=grain) for grain in grains]
+        assert recipe.compare["mole_ours"].method.policy() == lw.MoLE(activation="sigmoid")
+        assert recipe.images is not None
+        assert recipe.testbed is not None
+        (chosen,) = recipe.testbed.sets()
+        painted = recipe.testbed.prompts_of(chosen)
+        assert len(recipe.images.prompts) >= 5
+        assert not set(recipe.images.prompts) & set(painted)
+        words = [word for element in recipe.testbed.elements.values() for word in element.triggers]
+        assert all(word in prompt for prompt in recipe.images.prompts for word in words)
+        assert recipe.images.guidance == recipe.testbed.guidance
+        assert recipe.images.steps == recipe.testbed.steps
+    trained = full.training(levels[0], full.compare[levels[0]])
+    assert (trained.steps, trained.learning_rate, trained.batch_size) == (400, 1e-5, 2)
+    assert full.training("mole_ours", full.compare["mole_ours"]).learning_rate is None
+    assert full.images is not None
+    assert set(full.images.concepts) == set(full.names)
+    assert small.images is not None
+    assert small.images.clip == "zoo:images/clip-objective"
+    assert small.testbed is not None
+    assert {n: e.references for n, e in small.testbed.elements.items()} == small.experts
+    assert small.experts == {n: f"zoo:images/{n}" for n in small.names}
+    if "svdiff" in small.compare:
+        assert small.compare["svdiff"].svdiff == {n: f"zoo:images/shifts/{n}" for n in small.names}
+
+
+@pytest.mark.parametrize("path", PICTURED, ids=name)
 def test_small_test_beds_name_their_loras_by_the_words_that_call_them(path: Path) -> None:
     from loraweave.zoo import images
 

@@ -145,6 +145,18 @@ def test_published_figures_stand_beside_ours() -> None:
     assert published_table({**results, "recipe": {}}) is None
 
 
+def test_numbered_concepts_are_a_test_beds_elements_in_order() -> None:
+    printed = {"mole": {"text_alignment": 0.7, "image_alignment_1": 0.5, "image_alignment_3": 0.6}}
+    ours = {"text_alignment": 0.3, "image_alignment_hat": 0.1, "image_alignment_coat": 0.2, "image_alignment": 0.15}
+    elements = {name: {"triggers": [name]} for name in ("coat", "hat")}
+    results = {
+        "scores": {"mole": ours},
+        "recipe": {"published": {"source": "x", "scores": printed}, "testbed": {"elements": elements}},
+    }
+    rows = {row["column"]: row["here"] for row in published_rows(results)}
+    assert rows == {"text_alignment": 0.3, "image_alignment_1": 0.2, "image_alignment_3": None, "average": None}
+
+
 def test_a_weight_file_is_not_sought_on_the_hub(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("base: a/b\nexperts: {hero: loras/hero.safetensors, ink: someone/ink}\n")
     found = {need.what: need.state for need in needs(load_recipe(tmp_path / "r.yaml"), tmp_path)}

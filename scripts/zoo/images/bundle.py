@@ -1,9 +1,11 @@
 """Puts the finished image zoo into the package: weights in fp16, feature vectors of references, and both cards.
 
     python scripts/zoo/images/bundle.py --data ../shared/data --work out/zoo-images
+    python scripts/zoo/images/bundle.py --work out/zoo-images --only-shifts  # the rest stays as it is
 
-Run it after train_vae, train_base, train_loras, train_clips and evaluate. What was there before is replaced. Pictures
-of the data set stay out of the package: the sheet beside the card shows what the models paint.
+Run it after train_vae, train_base, train_loras, train_clips and evaluate; shifts are trained on what is bundled, and
+put in afterwards. What was there before is replaced. Pictures of the data set stay out of the package: the sheet in
+docs shows what the models paint.
 """
 
 from __future__ import annotations
@@ -19,12 +21,14 @@ from draw import Tiles
 from evaluate import GUIDANCE, STEPS
 from safetensors.torch import save_file
 from train_loras import pictures, weight_file
+from train_shifts import base_hash
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from loraweave.zoo import images
 from loraweave.zoo.images.elements import BASE, HELD_OUT, STYLES
 
 PACKAGE = Path(images.__file__).parent
+SHEET = Path(__file__).parents[3] / "docs" / "zoo_images.png"
 REFERENCES = 64
 SEED = 2_000
 
@@ -63,6 +67,23 @@ def references(data: Path, work: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def copy_shifts(work: Path, out: Path) -> dict[str, dict]:
+    """Spectral shifts that train_shifts made, and what the card says of them."""
+    shutil.rmtree(out / "shifts", ignore_errors=True)
+    entries = {}
+    for name in (*HELD_OUT, *STYLES):
+        folder = work / "shifts" / name
+        if not folder.exists():
+            continue
+        record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+        if record["base"] != base_hash():
+            raise SystemExit(f"{folder}: trained on another base; run train_shifts.py --again")
+        (out / "shifts").mkdir(exist_ok=True)
+        shutil.copyfile(folder / f"{name}.safetensors", out / "shifts" / f"{name}.safetensors")
+        entries[name] = {key: value for key, value in record.items() if key != "name"}
+    return entries
+
+
 def described(work: Path) -> dict[str, dict]:
     """What the card says of each LoRA."""
     scores = json.loads((work / "scores.json").read_text(encoding="utf-8"))
@@ -92,6 +113,7 @@ def markdown(card: dict) -> str:
         rows.append("| " + " | ".join(cells) + " |")
     base = card["base"]
     unet, text, vae = (f"{base[part] / 1e6:.2f} M" for part in ("unet", "text", "vae"))
+    shifts = shifts_markdown(card) if card["shifts"] else ""
     first, second = (f"{card['clips'][name]['found_of_256']:.0%}" for name in images.CLIPS)
     return f"""# The bundled image zoo
 
@@ -103,7 +125,7 @@ This file is written by `scripts/zoo/images/bundle.py` from the same figures as 
 
 ## LoRAs
 
-![what each LoRA paints: the base above, with the LoRA below](loras.png)
+![what each LoRA paints: the base above, with the LoRA below](../../../../docs/zoo_images.png)
 
 *base* and *LoRA* are mean squared distances (pixels in 0 to 1) to the exact picture where the element lies, on
 {card["prompts"]} random compositions that training has not seen, {STEPS} steps, guidance {GUIDANCE:g}. Lower is better.
@@ -115,7 +137,7 @@ In the sheet each LoRA has two rows: the bare base, and the base with the LoRA, 
 
 Rank {card["rank"]}, AdamW, {card["steps"]} steps of 16 pictures, one CPU thread each
 (`scripts/zoo/images/train_loras.py`, seed 0). The LoRA in kohya's format has an alpha of half its rank.
-
+{shifts}
 ## Base and CLIPs
 
 UNet of {unet} parameters, text encoder {text}, autoencoder {vae} (latents 16 x 16 x 8); trained on
@@ -134,6 +156,29 @@ part of the package. Code and weights here: Apache-2.0.
 """
 
 
+def shifts_markdown(card: dict) -> str:
+    """The card's part on spectral shifts."""
+    rows = []
+    for name, entry in card["shifts"].items():
+        lora, own = card["loras"][name]["scores"], entry["scores"]["shifts_element"]
+        cells = [f"`{name}`", f"{lora['base_element']:.3f}", f"**{own:.3f}**", f"{lora['lora_element']:.3f}"]
+        rows.append("| " + " | ".join(cells) + " |")
+    one = next(iter(card["shifts"].values()))
+    return f"""
+## Spectral shifts
+
+Of the same elements, learned from the same pictures: SVDiff's shifts of the denoiser's singular values, for
+comparisons (`zoo:images/shifts/NAME`). Distances as above.
+
+| shifts | base | shifts | LoRA |
+|---|---|---|---|
+{chr(10).join(rows)}
+
+Adam at a constant {one["learning_rate"]:g}, {one["steps"]} steps of {one["batch_size"]} pictures, one CPU thread each
+(`scripts/zoo/images/train_shifts.py`, seed {one["seed"]}).
+"""
+
+
 def size(module: torch.nn.Module) -> int:
     """Number of parameters."""
     return sum(p.numel() for p in module.parameters())
@@ -144,8 +189,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the real data sets")
     parser.add_argument("--work", type=Path, default=Path("out/zoo-images"), help="folder of all that was trained")
+    parser.add_argument("--only-shifts", action="store_true", help="put in the spectral shifts, and keep the rest")
     args = parser.parse_args()
     out = PACKAGE / "weights"
+    if args.only_shifts:
+        write_card({**images.card(), "shifts": copy_shifts(args.work, out)})
+        return
     shutil.rmtree(out, ignore_errors=True)
     (out / "loras").mkdir(parents=True)
     copy_base(args.work, out)
@@ -168,10 +217,17 @@ def main() -> None:
         "rank": next(iter(entries.values()))["rank"],
         "steps": next(iter(entries.values()))["steps"],
         "loras": entries,
+        "shifts": copy_shifts(args.work, out),
     }
+    shutil.copyfile(args.work / "loras.png", SHEET)
+    write_card(card)
+
+
+def write_card(card: dict) -> None:
+    """Both cards; and everybody may read what is bundled."""
     (PACKAGE / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     (PACKAGE / "CARD.md").write_text(markdown(card), encoding="utf-8")
-    shutil.copyfile(args.work / "loras.png", PACKAGE / "loras.png")
+    out = PACKAGE / "weights"
     for path in out.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
     print(f"{sum(p.stat().st_size for p in out.rglob('*') if p.is_file()) / 1e6:.1f} MB")

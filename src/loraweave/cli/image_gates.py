@@ -1,4 +1,4 @@
-"""The part of ``loraweave train`` that teaches gates over a diffusers pipeline."""
+"""The part of ``loraweave train`` that teaches gates over a diffusers pipeline; ``loraweave testbed`` shares it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from typing import Any
 from loraweave import persistence
 from loraweave.errors import LoraweaveError
 from loraweave.integrations.diffusers import load_pipeline
-from loraweave.mixture import attach
-from loraweave.recipe import Recipe
+from loraweave.mixture import Mixture, attach
+from loraweave.recipe import Recipe, Train
 from loraweave.recipe.images import Images
 from loraweave.training.images.checkpoints import whole
 from loraweave.training.images.pictures import files_of
 from loraweave.training.images.train import train_images
 from loraweave.training.learn import learns
+from loraweave.training.train import TrainingResult
+
+# A kill, unlike Ctrl-C, writes no checkpoint: so many steps may be lost.
+_SAVE_EVERY = 20
 
 
 def teach(recipe: Recipe, images: Images, out: str, *, copy_experts: bool, checkpoints: str | None) -> None:
@@ -35,26 +39,11 @@ def teach(recipe: Recipe, images: Images, out: str, *, copy_experts: bool, check
     """
     if images.sample_every is not None and checkpoints is None:
         raise LoraweaveError("images.sample_every: samples go beside checkpoints; give --checkpoints DIR")
-    # Before the base is loaded, so that bad folders show at once.
-    for folder in (*images.references.values(), *images.pictures.values()):
-        files_of(Path(folder))
-    kept = Path(f"{Path(out)}.unfinished" if checkpoints is None else checkpoints)
-    data, objective = images.lesson()
-    # A saved mixture remembers where its base is, and may be loaded from elsewhere.
-    base = str(Path(recipe.base).resolve()) if Path(recipe.base).is_dir() else recipe.base
-    mixture = attach(load_pipeline(base, "DiffusionPipeline"), recipe.sources(), recipe.method.policy())
+    check_folders(images)
+    kept = unfinished(Path(out)) if checkpoints is None else Path(checkpoints)
+    mixture = attach(open_base(recipe), recipe.sources(), recipe.method.policy())
     if learns(mixture):
-        options: dict[str, Any] = recipe.train.options()
-        if options.pop("bf16", False):
-            options["mixed_precision"] = "bf16"
-        place: dict[str, Any] = {"output_dir": kept, "resume": True, "sample_every": images.sample_every}
-        try:
-            result = train_images(mixture, data, objective, **place, **options, progress=sys.stderr.isatty())
-        except KeyboardInterrupt:
-            done = whole(kept)
-            if done:
-                print(f"kept step {done[-1][0]} in {kept}; the same command goes on from there", file=sys.stderr)
-            raise
+        result = learn_gates(mixture, images, recipe.train, kept, progress=sys.stderr.isatty())
         said = f"{result.steps} steps in {result.seconds:.0f} s, mean loss {result.loss:.3f}"
     else:
         said = f"{recipe.method.name!r} has nothing to train"
@@ -65,6 +54,40 @@ def teach(recipe: Recipe, images: Images, out: str, *, copy_experts: bool, check
     if checkpoints is None and kept.is_dir():
         shutil.rmtree(kept)
     print(f"saved to {saved}; try: loraweave image RECIPE --method {saved} --prompt TEXT -o DIR")
+
+
+def check_folders(images: Images) -> None:
+    """Raise :class:`LoraweaveError` where a folder of pictures is missing or empty, before the base is loaded."""
+    for folder in (*images.references.values(), *images.pictures.values()):
+        files_of(Path(folder))
+
+
+def unfinished(out: Path) -> Path:
+    """Where checkpoints stand until the mixture is saved to ``out``."""
+    return Path(f"{out}.unfinished")
+
+
+def open_base(recipe: Recipe) -> Any:
+    """The recipe's pipeline, in single precision; a saved mixture remembers where it is, and may be loaded from
+    elsewhere."""
+    base = str(Path(recipe.base).resolve()) if Path(recipe.base).is_dir() else recipe.base
+    return load_pipeline(base, "DiffusionPipeline")
+
+
+def learn_gates(mixture: Mixture, images: Images, train: Train, kept: Path, *, progress: bool | str) -> TrainingResult:
+    """Train the gates as ``images`` and ``train`` say, from the last checkpoint in ``kept`` if there is one."""
+    data, objective = images.lesson()
+    options: dict[str, Any] = train.options()
+    if options.pop("bf16", False):
+        options["mixed_precision"] = "bf16"
+    place: dict[str, Any] = {"output_dir": kept, "resume": True, "save_every": _SAVE_EVERY}
+    place["sample_every"] = images.sample_every
+    try:
+        return train_images(mixture, data, objective, **place, **options, progress=progress)
+    except KeyboardInterrupt:
+        if done := whole(kept):
+            print(f"kept step {done[-1][0]} in {kept}; the same command goes on from there", file=sys.stderr)
+        raise
 
 
 def _first() -> bool:

@@ -9,7 +9,9 @@ from loraweave.cli.verb import Verb, positive
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file with a section 'testbed'")
-    parser.add_argument("-o", "--out", metavar="DIR", help="where pictures go; without it the sets are listed")
+    parser.add_argument(
+        "-o", "--out", metavar="DIR", help="where pictures and trained gates go; without it the sets are listed"
+    )
     parser.add_argument("--set", metavar="ID", action="append", default=[], help="this set alone; may be given again")
     parser.add_argument("--limit", type=positive, metavar="N", help="that many sets, evenly spread (default: all)")
     parser.add_argument("--clip", metavar="MODEL", help="score the pictures with this CLIP model; needs -o")
@@ -42,6 +44,8 @@ VERB = Verb(
     summary="paint the sets of elements of a test bed by several methods",
     details="List the sets of elements of a recipe's test bed as JSON, or paint each by all methods of 'compare'.\n"
     "Leaves pictures and pictures.jsonl, which loraweave judge reads. Pictures that are there are not painted again.\n"
+    "Where the recipe has a section 'images', methods that learn are trained first, once, and kept in DIR/gates; an\n"
+    "interrupted training goes on with the same command.\n"
     "With --clip they are scored: text alignment, image alignment where elements have references, distinctness.",
     examples=[
         ("loraweave testbed recipes/composlora/anime.yaml", "the sets and their prompts"),

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +17,10 @@ from tqdm import tqdm
 
 from loraweave import persistence
 from loraweave.cli.painting import Way, call_of, contestants, loading
+from loraweave.cli.testbed_gates import Classroom, Course, courses
+from loraweave.cli.testbed_settings import folders, note, noted
 from loraweave.errors import LoraweaveError, unknown
+from loraweave.evaluation.alignment import alignment, check_references
 from loraweave.evaluation.testbed import chosen_sets, testbed_of
 from loraweave.experts.resolve import resolve_experts
 from loraweave.experts.types import Expert
@@ -27,13 +28,13 @@ from loraweave.files import atomic_path, write_json_atomic, write_text_atomic
 from loraweave.integrations.host import open_host
 from loraweave.integrations.rivals import Loading
 from loraweave.mixture import Mixture, attach
-from loraweave.policies import Sum, registry
+from loraweave.policies import Sum
 from loraweave.recipe import Recipe
 from loraweave.recipe.rivals import Rival
 from loraweave.recipe.testbeds import CompositionSet, Testbed
 from loraweave.training.learn import learns
 
-SETTINGS, PICTURES, SCORES = "testbed.json", "pictures.jsonl", "alignment.json"
+PICTURES, SCORES = "pictures.jsonl", "alignment.json"
 
 
 def paint(
@@ -47,36 +48,52 @@ def paint(
 ) -> None:
     """Paint every chosen set by every method, with every prompt and seed; what is there stays.
 
+    Methods that learn are trained first, where the recipe's section ``images`` says by what, and kept in ``out``.
     With ``clip`` (folder or hub id, with ``dino`` beside it) the pictures are scored too, and the table is printed.
 
     Raises:
-        LoraweaveError: no test bed, something cannot be read, or ``out`` has pictures with other settings.
+        LoraweaveError: no test bed, something cannot be read, or ``out`` has pictures or gates with other settings.
     """
     testbed, out = testbed_of(recipe), Path(out)
+    if clip is not None:
+        check_references(testbed, clip, dino)
     chosen = chosen_sets(testbed, ids, limit)
     ways = contestants(recipe) or {recipe.method.name: Way(recipe.method.policy())}
+    places = folders(ways)
     _refuse_strangers(recipe, ways, chosen)
-    _same_settings(out / SETTINGS, recipe, testbed, ways)
-    jobs = {one: _jobs(testbed, one, ways, out) for one in chosen}
+    jobs = {one: _jobs(testbed, one, places, out) for one in chosen}
     todo = {one: [job for job in of_set if not job.path.exists()] for one, of_set in jobs.items()}
     total, left = sum(map(len, jobs.values())), sum(map(len, todo.values()))
-    print(f"{len(chosen)} sets by {', '.join(ways)}: {total} pictures, {total - left} of them there already")
+    unpainted = {job.method for of_set in todo.values() for job in of_set}
+    before = noted(out)
+    with Classroom(recipe, testbed) as room:
+        if unpainted and recipe.images is not None:
+            _check_painting(recipe, testbed, room.pipe, {label: ways[label] for label in unpainted}, chosen)
+        taught = courses(recipe, room, out, ways, before)
+        note(out, recipe, testbed, ways, {label: course.noted for label, course in taught.items()}, before)
+        print(f"{len(chosen)} sets by {', '.join(ways)}: {total} pictures, {total - left} of them there already")
+        lacking = [course for label, course in taught.items() if label in unpainted and not course.done()]
+        for course in lacking:
+            course.train(room.mixture)
+    ways |= {label: Way(ways[label].policy, course.place) for label, course in taught.items()}
     if left:
-        _paint(recipe, testbed, todo, ways, left)
+        _paint(recipe, testbed, todo, {label: way for label, way in ways.items() if label in unpainted}, left)
     rows = [row for one in chosen for row in _rows(testbed, one, jobs[one], out)]
     write_text_atomic(out / PICTURES, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(f"{out / PICTURES}: {len(rows)} rows; try: loraweave judge {out / PICTURES} -o {out / 'judged'} --dry-run")
     if clip is not None:
-        _score(recipe, testbed, out, clip, dino)
+        _score(recipe, testbed, out, clip, dino, taught)
 
 
-def _score(recipe: Recipe, testbed: Testbed, out: Path, clip: str, dino: str | None) -> None:
-    from loraweave.evaluation.alignment import alignment
+def _score(
+    recipe: Recipe, testbed: Testbed, out: Path, clip: str, dino: str | None, taught: Mapping[str, Course]
+) -> None:
     from loraweave.evaluation.image_metrics import Clip, Dino
     from loraweave.reporting.published import published_table
 
     found = alignment(out / PICTURES, testbed, Clip(clip), None if dino is None else Dino(dino))
-    results = {**found, "clip": clip, "dino": dino, "recipe": recipe.to_dict()}
+    costs = {label: json.loads(course.cost.read_text()) for label, course in taught.items() if course.cost.exists()}
+    results = {**found, "costs": costs, "clip": clip, "dino": dino, "recipe": recipe.to_dict()}
     write_json_atomic(out / SCORES, results)
     console = Console()
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -105,16 +122,15 @@ class _Job:
     path: Path
 
 
-def _jobs(testbed: Testbed, one: CompositionSet, methods: Mapping[str, Any], out: Path) -> list[_Job]:
+def _jobs(testbed: Testbed, one: CompositionSet, places: Mapping[str, str], out: Path) -> list[_Job]:
     prompts = testbed.prompts_of(one)
     jobs = []
-    for method in methods:
-        folder = out / re.sub(r"[^A-Za-z0-9_.-]+", "-", method)
+    for method, place in places.items():
         for number, prompt in enumerate(prompts):
             for seed in testbed.seeds:
                 extra = f"--{number}" if len(prompts) > 1 else ""
                 row = f"{one.id}{extra}" + (f"--{seed}" if len(testbed.seeds) > 1 else "")
-                jobs.append(_Job(row, method, prompt, seed, folder / f"{row.replace(' ', '_')}.png"))
+                jobs.append(_Job(row, method, prompt, seed, out / place / f"{row.replace(' ', '_')}.png"))
     return jobs
 
 
@@ -225,23 +241,41 @@ def _finish(pipe: Any, testbed: Testbed, job: _Job, bar: Any) -> None:
 
 
 def _pipeline(recipe: Recipe, testbed: Testbed) -> Any:
-    import diffusers
-
     from loraweave.integrations.diffusers import load_pipeline, scheduler_named
 
     pipe: Any = load_pipeline(recipe.base, "DiffusionPipeline")
     pipe.scheduler = scheduler_named(pipe, testbed.scheduler, testbed.scheduler_options)
     if testbed.vae is not None:
-        try:
-            pipe.vae = diffusers.AutoencoderKL.from_pretrained(testbed.vae)
-        except (OSError, ValueError) as error:
-            raise LoraweaveError(
-                f"testbed.vae: {testbed.vae!r} cannot be read: {str(error).splitlines()[0]}"
-            ) from error
+        pipe.vae = _vae(testbed.vae)
     if torch.cuda.is_available():
         pipe.to("cuda", torch.float16)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _vae(name: str) -> Any:
+    import diffusers
+
+    try:
+        return diffusers.AutoencoderKL.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise LoraweaveError(f"testbed.vae: {name!r} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _check_painting(
+    recipe: Recipe, testbed: Testbed, pipe: Any, ways: Mapping[str, Way], chosen: Sequence[CompositionSet]
+) -> None:
+    """Raise now what painting would raise after hours of training."""
+    from loraweave.integrations.diffusers import scheduler_named
+
+    scheduler_named(pipe, testbed.scheduler, testbed.scheduler_options)
+    if testbed.vae is not None:
+        _vae(testbed.vae)
+    sources = recipe.sources()
+    experts = {name: sources[name] for one in chosen for name in one.experts}
+    for label, way in ways.items():
+        if way.rival is not None:
+            loading(label, way.rival, pipe, experts, testbed, call_of(testbed))
 
 
 def _refuse_strangers(recipe: Recipe, ways: Mapping[str, Way], chosen: Sequence[CompositionSet]) -> None:
@@ -266,50 +300,12 @@ def _refuse_untrained(mixture: Mixture, policies: Mapping[str, Any]) -> None:
         mixture.policy = policy
         if learns(mixture):
             raise LoraweaveError(
-                f"compare.{label}: {policy.name} learns, and nothing here trains it for pictures; train it with "
-                f"'loraweave train' and write compare.{label}: {{saved: FOLDER}}, or leave it out"
+                f"compare.{label}: {policy.name} learns, and nothing here trains it for pictures; say by what in a "
+                f"section 'images', name a mixture that 'loraweave train' saved (compare.{label}: {{saved: FOLDER}}), "
+                "or leave it out"
             )
 
 
 def _picture(pipe: Any, testbed: Testbed, job: _Job) -> Any:
     call = {"prompt": job.prompt, "num_inference_steps": testbed.steps, **call_of(testbed)}
     return pipe(**call, generator=torch.Generator().manual_seed(job.seed)).images[0]
-
-
-def _same_settings(path: Path, recipe: Recipe, testbed: Testbed, ways: Mapping[str, Way]) -> None:
-    """Note how the pictures are painted; pictures with other settings must not be mixed with them.
-
-    Other methods, and sets that more pictures are made of, are no other settings.
-    """
-    described = testbed.model_dump(mode="json", exclude={"sizes", "always", "seeds"})
-    settings = {
-        "base": recipe.base,
-        "experts": dict(recipe.experts),
-        "testbed": described,
-        "methods": {label: _described(way) for label, way in ways.items()},
-    }
-    settings = json.loads(json.dumps(settings))
-    # What failed before its first picture binds nobody.
-    if path.exists() and any(path.parent.glob("*/*.png")):
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-            methods = dict(before.pop("methods"))
-        except (OSError, ValueError, AttributeError, KeyError) as error:
-            raise LoraweaveError(f"cannot read {str(path)!r} ({error}); choose another folder") from error
-        now = settings.pop("methods")
-        if before != settings or any(methods.get(label, method) != method for label, method in now.items()):
-            raise LoraweaveError(f"{path.parent}: its pictures were painted with other settings; choose another folder")
-        settings["methods"] = methods | now
-    write_json_atomic(path, settings)
-
-
-def _described(way: Way) -> dict[str, Any]:
-    """A method, with what tells one training of its gates from another."""
-    if way.rival is not None:
-        return way.rival.described()
-    described: dict[str, Any] = registry.to_dict(way.policy)
-    if way.saved is None:
-        return described
-    gates = way.saved / persistence.GATES
-    digest = hashlib.sha256(gates.read_bytes()).hexdigest() if gates.is_file() else None
-    return described | {"saved": {"experts": persistence.saved_experts(way.saved), "gates": digest}}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraweave import zoo
 from loraweave.errors import LoraweaveError
 from loraweave.evaluation.data import read_rows
 from loraweave.evaluation.image_metrics import Clip, Looks, distinctness
@@ -17,6 +18,7 @@ from loraweave.recipe.testbeds import Testbed
 
 _KINDS = (".png", ".jpg", ".jpeg", ".webp")
 _AT_ONCE = 64
+_METRICS = "clip-metrics"
 
 
 def alignment(pictures: Path, testbed: Testbed, clip: Clip, dino: Looks | None = None) -> dict[str, Any]:
@@ -36,15 +38,16 @@ def alignment(pictures: Path, testbed: Testbed, clip: Clip, dino: Looks | None =
         ``pictures``: number per method.
 
     Raises:
-        LoraweaveError: a file cannot be read, or there are no pictures.
+        LoraweaveError: a file cannot be read, there are no pictures, or see :func:`check_references`.
     """
+    check_references(testbed, clip.source, None if dino is None else getattr(dino, "source", type(dino).__name__))
     folder, rows = pictures.parent, [row for _, row in read_rows(pictures)]
     methods = list(rows[0]["pictures"]) if rows else []
     if not methods:
         raise LoraweaveError(f"{pictures}: no pictures; paint some first")
     spaces: dict[str, Looks] = {"": clip} | ({} if dino is None else {"dino_": dino})
     references = {
-        (space, name): _features(looks, _files(Path(element.references)))
+        (space, name): _references(looks, element.references)
         for space, looks in spaces.items()
         for name, element in testbed.elements.items()
         if element.references is not None
@@ -67,6 +70,35 @@ def alignment(pictures: Path, testbed: Testbed, clip: Clip, dino: Looks | None =
         if partial:
             distinct[method] = distinctness(features[""][partial] @ phrases.T, names, [experts[n] for n in partial])
     return {"scores": scores, "distinctness": distinct, "pictures": len(rows)}
+
+
+def check_references(testbed: Testbed, clip: str, dino: str | None = None) -> None:
+    """Raise :class:`LoraweaveError` if elements have bundled references, which one CLIP has seen, and another model
+    scores.
+
+    Args:
+        testbed: whose elements.
+        clip: the CLIP model, by folder, hub id or bundled name.
+        dino: the DINO model, if there is one.
+    """
+    for name, element in testbed.elements.items():
+        if not zoo.is_bundled(element.references):
+            continue
+        known = Path(zoo.local(clip)).resolve() == zoo.images.clip_path(_METRICS).resolve()
+        for option, model in (("--clip", None if known else clip), ("--dino", dino)):
+            if model is not None:
+                raise LoraweaveError(
+                    f"testbed.elements.{name}.references: {element.references} is what zoo:images/{_METRICS} saw and "
+                    f"says nothing in the space of {option} {model}; score with --clip zoo:images/{_METRICS} alone, or "
+                    "name a folder of pictures"
+                )
+
+
+def _references(looks: Looks, source: str) -> Tensor:
+    """``[n, d]``: of a folder's pictures; ``[1, d]`` of a bundled reference, the mean of ``n`` such vectors."""
+    if zoo.is_bundled(source):
+        return zoo.images.references()[source.rpartition("/")[2]][None]
+    return _features(looks, _files(Path(source)))
 
 
 def _image_alignment(

@@ -50,6 +50,7 @@ class Clip:
     """
 
     def __init__(self, source: str = CLIP_MODEL, *, device: str | None = None, batch_size: int = 32) -> None:
+        self.source = source
         self._model, self._processor = _load(source, "AutoModel", device)
         from transformers import AutoTokenizer
 
@@ -96,6 +97,7 @@ class Dino:
     """
 
     def __init__(self, source: str = DINO_MODEL, *, device: str | None = None, batch_size: int = 32) -> None:
+        self.source = source
         self._model, self._processor = _load(source, "AutoModel", device)
         self.batch_size = batch_size
 

@@ -9,7 +9,8 @@ train: {steps: 800, learning_rate: 1.0e-2, batch_size: 12, seed: 0}
 ```
 
 Paths are relative to the recipe's folder. ``zoo`` is the bundled base, ``zoo:NAME`` a bundled expert or generated task;
-``zoo:images`` is the bundled image pipeline, ``zoo:images/NAME`` a LoRA or CLIP for it.
+``zoo:images`` is the bundled image pipeline, ``zoo:images/NAME`` a LoRA or CLIP for it, ``zoo:images/shifts/NAME``
+SVDiff's shifts.
 """
 
 from __future__ import annotations
@@ -194,8 +195,11 @@ def _placed(recipe: Recipe, folder: Path) -> Recipe:
     def inside(source: str) -> str:
         return str(folder / Path(source).expanduser())
 
+    def named(source: str) -> str:
+        return source if source.startswith(ZOO_PREFIX) else inside(source)
+
     def file(source: str | None) -> str | None:
-        return source if source is None or source.startswith(ZOO_PREFIX) else inside(source)
+        return None if source is None else named(source)
 
     def maybe(source: str) -> str:
         here = folder / Path(source).expanduser()
@@ -213,7 +217,7 @@ def _placed(recipe: Recipe, folder: Path) -> Recipe:
     placed = {"base": maybe(recipe.base), "experts": experts, "merged": merged, "data": data}
     placed |= {"testbed": recipe.testbed and recipe.testbed.placed(folder)}
     placed["compare"] = {
-        label: contender.placed(inside).model_copy(update={"saved": file(contender.saved)} if contender.saved else {})
+        label: contender.placed(named).model_copy(update={"saved": file(contender.saved)} if contender.saved else {})
         for label, contender in recipe.compare.items()
     }
     return recipe.model_copy(update=placed | {"images": recipe.images and recipe.images.placed(folder, maybe)})

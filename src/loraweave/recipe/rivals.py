@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from loraweave import zoo
 from loraweave.errors import LoraweaveError, unknown
 from loraweave.recipe.parts import Part
 
@@ -107,7 +108,8 @@ class Rival(Part):
     custom_diffusion: str | None = Field(default=None, description="pictures: folder of diffusers' training script")
     dreambooth: str | None = Field(default=None, description="pictures: folder of a pipeline, or of its denoiser")
     svdiff: dict[str, str] = Field(
-        default={}, description="pictures: expert -> file of spectral shifts, or a folder with those files"
+        default={},
+        description="pictures: expert -> file or folder of spectral shifts, or zoo:images/shifts/NAME",
     )
     fuse: Fusion | None = Field(default=None, description="pictures: the experts, fused into one LoRA")
     words: dict[str, str] = Field(default={}, description="what it reads instead of some words of the prompts")
@@ -125,6 +127,13 @@ class Rival(Part):
         if not all(self.words):
             raise LoraweaveError("words: expected words to replace, got an empty text")
         return self
+
+    @field_validator("svdiff")
+    @classmethod
+    def _bundled(cls, svdiff: dict[str, str]) -> dict[str, str]:
+        for source in svdiff.values():
+            zoo.local(source)  # raises for a bundled one that there is not
+        return svdiff
 
     @property
     def hangs_on_set(self) -> bool:
@@ -167,7 +176,7 @@ class Rival(Part):
     def described(self) -> dict[str, Any]:
         """What tells its pictures from others: files by their content, not their place."""
         found = self.model_dump(mode="json", include={"words", "fuse"}, exclude_defaults=True)
-        return found | {field: _digest(Path(place)) for field, place in self.sources().items()}
+        return found | {field: _digest(Path(zoo.local(place))) for field, place in self.sources().items()}
 
     def prompt(self, text: str) -> str:
         """The prompt in this contestant's words."""
@@ -203,7 +212,7 @@ class Rival(Part):
         for name in experts:
             if name not in self.svdiff:
                 raise LoraweaveError(f"svdiff: no shifts for expert {name!r}")
-        return rivals.svdiff(pipe, [self.svdiff[name] for name in experts])
+        return rivals.svdiff(pipe, [zoo.local(self.svdiff[name]) for name in experts])
 
 
 def _digest(place: Path) -> str:

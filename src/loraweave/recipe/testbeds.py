@@ -23,8 +23,9 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
+from loraweave import zoo
 from loraweave.errors import LoraweaveError, unknown
-from loraweave.recipe.parts import Part
+from loraweave.recipe.parts import ZOO_IMAGES, Part
 
 PIECEWISE = ("train", "generation")
 """Sections of which a small form changes single fields; others it replaces."""
@@ -51,7 +52,19 @@ class Element(Part):
     category: str = Field(default="element", description="a set has at most one element of each")
     name: str | None = Field(default=None, description="in words, for judges; default: the expert's name")
     triggers: tuple[str, ...] = Field(min_length=1, description="words that call it up, in the prompt")
-    references: str | None = Field(default=None, description="folder of pictures that show it, for image alignment")
+    references: str | None = Field(
+        default=None,
+        description="folder of pictures that show it, or zoo:images/NAME, for image alignment",
+    )
+
+    @field_validator("references")
+    @classmethod
+    def _bundled(cls, references: str | None) -> str | None:
+        if references is not None and zoo.is_bundled(references):
+            name, known = references.removeprefix(f"{ZOO_IMAGES}/"), zoo.images.skills()
+            if name not in known:
+                raise unknown("bundled reference", references, [f"{ZOO_IMAGES}/{one}" for one in known])
+        return references
 
 
 @dataclass(frozen=True)
@@ -117,7 +130,7 @@ class Testbed(Part):
         """The same with folders of references relative to ``folder``."""
         elements = {
             name: element.model_copy(update={"references": str(folder / Path(element.references).expanduser())})
-            if element.references
+            if element.references and not zoo.is_bundled(element.references)
             else element
             for name, element in self.elements.items()
         }

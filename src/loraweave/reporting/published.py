@@ -14,13 +14,15 @@ from loraweave.reporting.tables import OWN
 
 AVERAGE = "average"
 PAPER, HERE = "paper", "here"
+_ALIGNMENT = "image_alignment_"
 
 
 def published_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Rows of ``column``, ``method``, ``paper`` and ``here``; a number is None where one side has none.
 
     Columns are the paper's, then ``average``: the paper's own where it prints one, and the mean over all tasks here.
-    Tasks that the paper does not have stand in the comparison's own table alone.
+    Tasks that the paper does not have stand in the comparison's own table alone. ``image_alignment_2`` is that of the
+    second element of a test bed, whatever it is called.
 
     Args:
         results: the content of ``results.json``; without ``recipe.published`` there are no rows.
@@ -31,13 +33,16 @@ def published_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     printed = published["scores"]
     ours = {method: {task: _value(of) for task, of in tasks.items()} for method, tasks in results["scores"].items()}
     ours[OWN] = results.get("own", {})
+    elements = list(((results.get("recipe") or {}).get("testbed") or {}).get("elements") or ())
+    named = {f"{_ALIGNMENT}{n}": f"{_ALIGNMENT}{name}" for n, name in enumerate(elements, start=1)}
     # Alignments with texts and with pictures have no common mean.
     averaged = "retention" in results
     columns = [c for c in dict.fromkeys(c for scores in printed.values() for c in scores) if c != AVERAGE]
     rows = []
     for column in [*columns, AVERAGE]:
         for method, scores in printed.items():
-            here = ours.get(method, {}).get(column)
+            of_method = ours.get(method, {})
+            here = of_method.get(column, of_method.get(named.get(column, "")))
             if averaged and column == AVERAGE and ours.get(method):
                 here = statistics.fmean(ours[method].values())
             rows.append({"column": column, "method": method, PAPER: scores.get(column), HERE: here})

@@ -25,12 +25,15 @@ class TrainingResult:
         seconds: wall-clock time of this call.
         loss: mean training loss of this call.
         history: the log: loss, ``task_loss``, ``balance_loss``, ``entropy``, ``load/EXPERT`` ... by step.
+        earlier_seconds: wall-clock time of the calls that this one goes on from, up to the last checkpoint; known of
+            gates over pipelines alone.
     """
 
     steps: int
     seconds: float
     loss: float
     history: list[dict[str, float]] = field(repr=False)
+    earlier_seconds: float = 0.0
 
 
 # For gates that suggest none.

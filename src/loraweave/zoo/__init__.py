@@ -54,7 +54,7 @@ def experts(names: Iterable[str] | None = None) -> dict[str, Path]:
 
 def place(source: str) -> Path:
     """Where something bundled lies that recipes call ``zoo`` (the model), ``zoo:NAME`` (a LoRA), ``zoo:images`` (the
-    image pipeline) or ``zoo:images/NAME`` (a LoRA or CLIP for it).
+    image pipeline) or ``zoo:images/NAME`` (a LoRA or CLIP for it, or ``shifts/`` and the name of spectral shifts).
 
     Raises:
         LoraweaveError: there is nothing of that name.
@@ -69,9 +69,14 @@ def place(source: str) -> Path:
     return experts([name])[name]
 
 
+def is_bundled(source: str | None) -> bool:
+    """Whether this is how recipes call something bundled: ``zoo`` or ``zoo:...``."""
+    return source is not None and (source == "zoo" or source.startswith(PREFIX))
+
+
 def local(source: str) -> str:
     """``source``, or where it lies if it is something bundled (``zoo``, ``zoo:...``); raises as :func:`place`."""
-    return str(place(source)) if source == "zoo" or source.startswith(PREFIX) else source
+    return str(place(source)) if is_bundled(source) else source
 
 
 def name_of(base: str | None) -> str | None:
@@ -129,6 +134,7 @@ __all__ = [
     "experts",
     "generated",
     "images",
+    "is_bundled",
     "load_base",
     "local",
     "name_of",

@@ -7,6 +7,7 @@ import dataclasses
 import pipes
 import re
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +116,16 @@ def test_an_interrupted_run_goes_on_where_it_was(
         return original(self, draws)
 
     monkeypatch.setattr(_Guided, "loss", loss)
+    began = time.perf_counter()
     with pytest.raises(KeyboardInterrupt):
         lessons.train(mixture, steps=4, output_dir=tmp_path / "cut", save_every=4)
+    spent = time.perf_counter() - began
     assert [step for step, _ in checkpoints.whole(tmp_path / "cut")] == [2]
     mixture.policy = lw.MoLE()
     again = lessons.train(mixture, steps=4, output_dir=tmp_path / "cut", resume=True)
     assert again.history == whole.history
+    assert whole.earlier_seconds == 0
+    assert spent / 2 < again.earlier_seconds < spent
     assert all(torch.equal(gate, expected[name]) for name, gate in lessons.gates(mixture).items())
     with pytest.raises(lw.LoraweaveError, match="this run had seed=0, got 1"):
         lessons.train(mixture, steps=4, output_dir=tmp_path / "cut", resume=True, seed=1)

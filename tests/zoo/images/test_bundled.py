@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import tomllib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,11 @@ import loraweave as lw
 from loraweave.cli import main
 from loraweave.errors import LoraweaveError
 from loraweave.evaluation.compositions import CompositionJudge
+from loraweave.experts.weightfile import hash_files
 from loraweave.integrations.clip import load_clip
+from loraweave.integrations.svdiff import apply_shifts, compose_shifts, read_shifts, shifted_weights
 from loraweave.recipe import check_recipe
+from loraweave.recipe.needs import needs
 from loraweave.zoo import images
 
 LIMIT_MB = 25.0
@@ -43,6 +48,7 @@ def test_it_is_small_and_whole() -> None:
     files = [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert sum(path.stat().st_size for path in files) / 1e6 <= LIMIT_MB
     assert {path.stem for path in (folder / "weights" / "loras").iterdir()} == set(images.loras())
+    assert {path.stem for path in (folder / "weights" / "shifts").iterdir()} == set(images.shifts())
     assert list(images.loras()) == [*images.HELD_OUT, *images.STYLES]
     assert not [path for path in files if path.stat().st_mode & 0o077 not in (0o044, 0o055)]
     assert not [path for path in files if path.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
@@ -108,6 +114,54 @@ def test_a_saved_mixture_finds_the_bundled_pipeline_again(pipe: Any, tmp_path: P
     again = lw.load(tmp_path / "saved")
     again.pipeline.set_progress_bar_config(disable=True)
     assert torch.equal(paint(again.pipeline, "vezz acid", steps=2), wanted)
+
+
+def test_weights_and_cards_are_package_data() -> None:
+    package = Path(lw.__file__).parent
+    pyproject = Path(__file__).parents[3] / "pyproject.toml"
+    patterns = tomllib.loads(pyproject.read_text())["tool"]["setuptools"]["package-data"]["loraweave"]
+    shipped = {path for pattern in patterns for path in package.glob(pattern)}
+    folder = Path(images.__file__).parent
+    bundled = {path for path in (folder / "weights").rglob("*") if path.is_file()}
+    assert len(bundled) > 40
+    assert bundled | {folder / "card.json", folder / "CARD.md"} <= shipped
+
+
+def test_shifts_fit_the_bundled_denoiser_and_show_their_element(pipe: Any) -> None:
+    weights = images.base_path() / "unet" / "diffusion_pytorch_model.safetensors"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    card, skills = images.card()["shifts"], images.skills()
+    for name, path in images.shifts().items():
+        shifts = read_shifts(path)
+        assert len(shifted_weights(pipe.unet, shifts)) == len(shifts) > 100
+        assert path.stat().st_size < 50_000
+        assert digest.startswith(card[name]["base"])
+        assert len(card[name]["base"]) == 16
+        shown, bare = card[name]["scores"]["shifts_element"], skills[name]["scores"]["base_element"]
+        assert shown < 0.8 * bare, name
+
+
+def test_shifts_are_a_contestant_of_recipes(pipe: Any, tmp_path: Path) -> None:
+    content = {
+        "base": "zoo:images",
+        "experts": ["zoo:images/tengu", "zoo:images/quarter"],
+        "compare": {"svdiff": {"svdiff": {"tengu": "zoo:images/shifts/tengu", "quarter": "zoo:images/shifts/quarter"}}},
+    }
+    recipe = check_recipe(content, "here", tmp_path)
+    contestant = recipe.compare["svdiff"]
+    assert {need.what: need.state for need in needs(recipe)}["compare.svdiff.svdiff.tengu"] == "bundled"
+    experts, found = recipe.sources(), images.shifts(["tengu", "quarter"])
+    with contestant.loading(pipe, experts, {}, {}):
+        painted = paint(pipe)
+    with apply_shifts(pipe.unet, compose_shifts([read_shifts(path) for path in found.values()])):
+        by_hand = paint(pipe)
+    assert torch.equal(painted, by_hand)
+    assert (painted - paint(pipe)).abs().max() > 0.05
+    # Pictures are told apart by the files' content.
+    assert contestant.described()["svdiff.tengu"] == hash_files([found["tengu"]])
+    content["compare"]["svdiff"]["svdiff"]["tengu"] = "zoo:images/shifts/tenguu"  # type: ignore[index]
+    with pytest.raises(LoraweaveError, match="unknown bundled spectral shifts 'tenguu'; did you mean 'tengu'"):
+        check_recipe(content, "here", tmp_path)
 
 
 def test_unknown_names_are_refused() -> None:

@@ -32,12 +32,14 @@ class Progress:
         history: the log.
         total: sum of the losses of all steps.
         settings: of the run, which a run that goes on must share.
+        seconds: wall-clock time up to here, of all calls.
     """
 
     step: int
     history: list[dict[str, float]]
     total: float
     settings: dict[str, Any]
+    seconds: float = 0.0
 
 
 def write(folder: Path, mixture: Mixture, state: dict[str, Any], progress: Progress) -> Path:

@@ -131,7 +131,7 @@ def train_images(
                             lesson.loss(part)
 
             measure(mixture, look, accelerator)
-        begun, total = done.step, 0.0
+        begun, total, earlier = done.step, 0.0, done.seconds
         bar = stack.enter_context(
             tqdm(
                 total=steps,
@@ -144,6 +144,7 @@ def train_images(
 
         def save() -> None:
             if folder is not None and accelerator.is_main_process:
+                done.seconds = earlier + time.perf_counter() - started
                 scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
                 states = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "scaler": scaler}
                 checkpoints.write(folder, mixture, states, done)
@@ -190,6 +191,7 @@ def train_images(
         seconds=time.perf_counter() - started,
         loss=total / (done.step - begun) if done.step > begun else done.total / max(done.step, 1),
         history=done.history,
+        earlier_seconds=earlier,
     )
 
 

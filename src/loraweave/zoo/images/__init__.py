@@ -6,8 +6,8 @@
 >>> images.compositions(1, size=2)[0].prompt
 'a morgul gargoyle in a sylva faerie mail, on sand'
 
-In recipes the pipeline is ``zoo:images``, a LoRA ``zoo:images/tengu``, a CLIP ``zoo:images/clip-objective``. Importing
-this module loads neither torch nor diffusers.
+In recipes the pipeline is ``zoo:images``, a LoRA ``zoo:images/tengu``, a CLIP ``zoo:images/clip-objective``,
+SVDiff's shifts ``zoo:images/shifts/tengu``. Importing this module loads neither torch nor diffusers.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from loraweave.zoo.images.bundled import (
     pipeline,
     place,
     references,
+    shifts,
     skills,
 )
 from loraweave.zoo.images.compositions import Composition, compositions
@@ -47,5 +48,6 @@ __all__ = [
     "pipeline",
     "place",
     "references",
+    "shifts",
     "skills",
 ]

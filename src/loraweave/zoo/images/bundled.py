@@ -52,6 +52,23 @@ def loras(names: Iterable[str] | None = None) -> dict[str, Path]:
     return {name: _present(_WEIGHTS / "loras" / f"{name}.safetensors") for name in chosen}
 
 
+def shifts(names: Iterable[str] | None = None) -> dict[str, Path]:
+    """The files of bundled SVDiff shifts by name: of the same elements as the LoRAs called so, for comparisons.
+
+    Args:
+        names: which, in this order; all of them in the card's order where left out.
+
+    Raises:
+        LoraweaveError: an unknown name, or weights that are not there.
+    """
+    known = card()["shifts"]
+    chosen = list(known) if names is None else list(names)
+    for name in chosen:
+        if name not in known:
+            raise unknown("bundled spectral shifts", name, known)
+    return {name: _present(_WEIGHTS / "shifts" / f"{name}.safetensors") for name in chosen}
+
+
 def clip_path(name: str) -> Path:
     """The folder of one of :data:`CLIPS`, with tokenizer and processor.
 
@@ -64,13 +81,17 @@ def clip_path(name: str) -> Path:
 
 
 def place(name: str) -> Path:
-    """Where the bundled thing lies that is called ``zoo:images/NAME`` in recipes: a LoRA or one of :data:`CLIPS`.
+    """Where the bundled thing lies that is called ``zoo:images/NAME`` in recipes: a LoRA, one of :data:`CLIPS`, or
+    ``shifts/`` and the name of spectral shifts.
 
     Raises:
         LoraweaveError: there is none of that name.
     """
     if name in CLIPS:
         return clip_path(name)
+    if name.startswith("shifts/"):
+        one = name.removeprefix("shifts/")
+        return shifts([one])[one]
     known = skills()
     if name not in known:
         raise unknown("bundled image LoRA or CLIP", name, [*known, *CLIPS])
