@@ -23,7 +23,7 @@ def recipe(**more: Any) -> dict[str, Any]:
 
 
 def bed(**more: Any) -> dict[str, Any]:
-    return recipe(testbed={"elements": {"hero": HERO, "coat": COAT, "hat": HAT}, **more})
+    return recipe(testbed={"elements": {"hero": HERO, "coat": COAT, "hat": HAT}} | more)
 
 
 def test_small_form_by_hand() -> None:
@@ -82,6 +82,9 @@ def test_sets_and_prompts() -> None:
         (bed(prompts=["{hero}"], sizes=[1]), "not in every set"),
         (bed(prompts=["{"]), "write {triggers}"),
         (bed(seeds=[1, 1]), "one comes twice"),
+        (bed(elements={"hero+coat": COAT}), "elements.hero+coat: '+' and '--' join names here"),
+        (bed(elements={"hero--1": COAT}), "elements.hero--1: '+' and '--' join names here"),
+        (bed(elements={"a hat": HAT, "a_hat": COAT}), "pictures of 'a hat' and 'a_hat' would share files"),
         (recipe(testbed={"elements": {"cape": COAT}}), "testbed.elements: unknown expert 'cape'"),
         (recipe(testbed={"elements": {"hero": {"triggers": []}}}), "testbed.elements.hero.triggers"),
         (recipe(published={"source": "x", "scores": {}}), "published.scores: expected at least one method"),

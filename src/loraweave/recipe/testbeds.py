@@ -104,6 +104,18 @@ class Testbed(Part):
     def _counted(cls, seeds: Any) -> Any:
         return tuple(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else seeds
 
+    @field_validator("elements")
+    @classmethod
+    def _told_apart(cls, elements: dict[str, Element]) -> dict[str, Element]:
+        # Sets are named by their elements, and files by their sets: spaces become '_', '--' divides what follows.
+        found: dict[str, str] = {}
+        for name in elements:
+            if "+" in name or "--" in name:
+                raise LoraweaveError(f"elements.{name}: '+' and '--' join names here; rename the expert")
+            if (other := found.setdefault(name.replace(" ", "_"), name)) != name:
+                raise LoraweaveError(f"elements: pictures of {other!r} and {name!r} would share files; rename one")
+        return elements
+
     @model_validator(mode="after")
     def _possible(self) -> Testbed:
         categories = [element.category for element in self.elements.values()]
