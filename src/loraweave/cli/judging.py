@@ -73,10 +73,11 @@ def run(options: argparse.Namespace) -> None:
             f"{counted['open']} of {len(asked)} questions are open, the server gave no answer; "
             "the same command asks them"
         )
-    if not counted["answered"]:
+    if not any(row["counted"] for row in counted["pairs"]):
         raise LoraweaveError(
-            f"none of the {len(asked)} answers could be read, so there is nothing to count; read in {answers.folder} "
-            "what was said instead, take a model that keeps to the form, or ask again with --retry-failed"
+            f"{counted['answered']} of {len(asked)} answers could be read and no pair in both orders, so there is "
+            f"nothing to count; read in {answers.folder} what was said instead, take a model that keeps to the form, "
+            "or ask again with --retry-failed"
         )
 
 
