@@ -51,3 +51,11 @@ def test_points_on_a_logarithmic_axis_say_what_they_are() -> None:
     chart = line_chart([Line("a<b", [(2, 0.25), (8, 1.0)], "red")], "x", "y", logarithmic=True)
     assert "<title>a&lt;b: 0.25 at 2</title>" in chart
     assert "<title>a&lt;b: 1 at 8</title>" in chart
+
+
+def test_bands_reach_as_far_to_both_sides() -> None:
+    """From 0 to 1 the axis has 200 units."""
+    line = Line("n", [(0, 0.5), (10, 0.5)], "red", spread=[0.1, 0.2])
+    chart = line_chart([line, Line("top", [(0, 1.0), (10, 1.0)], "red")], "x < 1", "y > 1")
+    assert 'class="band" style="fill:red" d="M46.0 92.0L408.0 72.0L408.0 152.0L46.0 132.0Z"' in chart
+    assert 'aria-label="y &gt; 1 by x &lt; 1"' in chart

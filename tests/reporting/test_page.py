@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -36,6 +37,9 @@ def test_the_page_says_what_the_files_say(tmp_path: Path, capsys: pytest.Capture
         text[n] for n in range(len(text)) if text[n] in ("all experts alike", "mean over sites, run 1", "block.1")
     ]
     assert {"all experts alike", "mean over sites, run 1", "block.1"} == set(titles)
+    # Two experts alike have the entropy ln 2, in a plot from 0 to 0.8.
+    (even,) = re.findall(r'stroke-dasharray="4 4" d="M46.0 ([0-9.]+)L408.0 \1"', page)
+    assert (212 - float(even)) / 200 * 0.8 == pytest.approx(math.log(2), abs=1e-3)
     best = [a for t, a in Reader(page).tags if t == "td" and "best" in str(a.get("class"))]
     assert len(best) == 2
     scores = stands_alone(page).table("method", 1)
@@ -66,6 +70,12 @@ def test_runs_of_several_sizes_make_a_curve(tmp_path: Path) -> None:
     assert retention["experts"] == ["2", "8", "32"]
     assert retention["mole"] == ["0.875", "0.875", "0.500"]
     assert "mole: 0.5 at 32" in page
+    # From 0 to 1.2 in 200 units: 0.875 and 0.5 with their deviations above, then below.
+    band = re.findall(r'class="band" [^>]*d="M([^"]*)Z"', page)[-1]
+    heights = [float(point.split()[1]) for point in band.split("L")]
+    above, below = 0.875 + 0.1768, 0.875 - 0.1768
+    values = [(212 - height) / 200 * 1.25 for height in heights]
+    assert values == pytest.approx([above, above, 0.75, 0.25, below, below], abs=2e-3)
     text = stands_alone(page).text
     assert "Retention by number of experts" in text
     # Links to the runs, then their titles.
@@ -102,6 +112,31 @@ def test_many_columns_of_published_figures_are_rows(tmp_path: Path) -> None:
     found = {first: rest for first, *rest in rows[2:]}
     assert found["nli"] == ["31.0", "0.0", "21.0", "50.0"]
     assert found["t4"] == ["4.0", "–", "–", "–"]
+
+
+def test_marks_of_intervals_stand_where_they_belong(tmp_path: Path) -> None:
+    run = run_folder(tmp_path)
+    results = json.loads((run / "results.json").read_text())
+    results["differences"] = {
+        "mole": {"rival": "sum", "difference": 0.2, "low": 0.1, "high": 0.4},
+        "sum": {"rival": "mole", "difference": -0.2, "low": -0.4, "high": -0.1},
+        "base": {"rival": "mole", "difference": 0.0, "low": -0.2, "high": 0.2},
+    }
+    write_json_atomic(run / "results.json", results)
+    read = Reader(render(run))
+    spans = [a for t, a in read.tags if t == "span" and "interval" in str(a.get("class"))]
+    marks = [a["style"] for t, a in read.tags if t == "i" and a.get("class") in ("span", "dot")]
+    assert [(a["class"], a["title"]) for a in spans] == [
+        ("interval up", "against sum"),
+        ("interval down", "against mole"),
+        ("interval", "against mole"),
+    ]
+    # 0 is in the middle; the widest difference, 0.4, reaches to the edge.
+    assert marks[:2] == ["left:62.5%;right:0.0%", "left:75.0%"]
+    assert marks[2:4] == ["left:0.0%;right:62.5%", "left:25.0%"]
+    assert marks[4:] == ["left:25.0%;right:25.0%", "left:50.0%"]
+    lead = "mole keeps 87.5 % of what the LoRAs can do by themselves, 20.0 points more than sum (95 %: +10.0 to +40.0)."
+    assert lead in read.text
 
 
 def test_cells_of_an_earlier_recipe_are_not_shown(tmp_path: Path) -> None:

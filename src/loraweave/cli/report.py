@@ -23,9 +23,9 @@ def _run(options: argparse.Namespace) -> None:
 VERB = Verb(
     name="report",
     summary="one HTML page about a comparison, a test bed or a judgement",
-    details="Write one HTML page. Of a comparison: the tables, published figures beside ours, what each method's gates\n"
-    "give to each expert, and their training. Of a test bed: contact sheets and scores. Of a judgement: wins and\n"
-    "position bias. It needs no network and nothing beside it. Of a folder with several comparisons it also shows\n"
+    details="Write one HTML page. Of a comparison: the tables, published figures beside ours, what each method's\n"
+    "gates give to each expert, and their training. Of a test bed: contact sheets and scores. Of a judgement: wins\n"
+    "and position bias. It needs no network and nothing beside it. Of a folder with several comparisons it also shows\n"
     "how retention changes with the number of experts.",
     examples=[
         ("loraweave report out/demo", "the page is out/demo/report.html"),

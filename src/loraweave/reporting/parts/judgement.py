@@ -47,22 +47,16 @@ def _versus(dimension: str, of: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_method(method: str, dimension: str, pairs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Mean score, and shares of wins, ties and losses against all others, by the pairs that count."""
-    sums, counted = dict.fromkeys(("mean", *_SHARES), 0.0), 0
+    """Mean score, and share of wins against all others, by the pairs that count."""
+    mean, wins, counted = 0.0, 0.0, 0
     for row in pairs:
         if method not in (row["a"], row["b"]) or not row["counted"]:
             continue
         of, first = row[dimension], method == row["a"]
-        mine = {
-            "mean": of["a" if first else "b"],
-            "wins": of["wins" if first else "losses"],
-            "ties": of["ties"],
-            "losses": of["losses" if first else "wins"],
-        }
+        mean += row["counted"] * of["a" if first else "b"]
+        wins += row["counted"] * of["wins" if first else "losses"]
         counted += row["counted"]
-        for name in sums:
-            sums[name] += row["counted"] * mine[name]
-    return {name: total / counted if counted else None for name, total in sums.items()}
+    return {"mean": mean / counted if counted else None, "wins": wins / counted if counted else None}
 
 
 def _asked(pairs: Sequence[Mapping[str, Any]]) -> int:
