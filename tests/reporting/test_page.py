@@ -85,6 +85,13 @@ def test_runs_of_several_sizes_make_a_curve(tmp_path: Path) -> None:
     assert "Retention by number of experts" not in render(tmp_path), "two runs of one size are no curve"
 
 
+def test_names_are_no_markup_beside_the_curve_either(tmp_path: Path) -> None:
+    for number, evil in enumerate(EVIL):
+        for experts in (2, 8):
+            run_folder(tmp_path / str(number) / f"n{experts}", experts, names=(evil, "qa", "block.0"))
+        assert Reader(render(tmp_path / str(number))).table("experts")[evil] == ["0.875", "0.875"]
+
+
 def test_published_figures_stand_beside_ours(tmp_path: Path) -> None:
     run = run_folder(tmp_path)
     results = json.loads((run / "results.json").read_text())
