@@ -227,3 +227,11 @@ def test_a_place_that_cannot_be_written_shows_at_once(place: str, tmp_path: Path
     check_replaceable(tmp_path / "new" / "deep")
     assert names(tmp_path) == ["file"]
     assert make_folder(tmp_path / "new" / "deep").is_dir()
+    assert names(tmp_path / "new" / "deep") == []
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="Linux has such a place, others may not")
+def test_a_folder_is_tried_not_asked() -> None:
+    """Root may write anywhere, says the system, and yet not here."""
+    with pytest.raises(LoraweaveError, match="cannot write '/proc/self'"):
+        make_folder("/proc/self")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -177,8 +179,50 @@ def test_lpips_is_averaged_over_all_pairs() -> None:
     assert seen[0] == ((1, 3, 2, 4), 0.0, pytest.approx(0.2))
 
 
+class Perception:
+    """In torchmetrics' place: takes what that takes, looks at -1..1 as that does, and sees the red of one pixel."""
+
+    def __init__(self, net_type: str = "alex", reduction: str = "mean", normalize: bool = False) -> None:
+        self.net_type, self.normalize, self.training = net_type, normalize, True
+
+    def eval(self) -> Perception:
+        self.training = False
+        return self
+
+    def __call__(self, *pictures: torch.Tensor) -> torch.Tensor:
+        low = 0.0 if self.normalize else -1.0
+        assert not self.training
+        assert not torch.is_grad_enabled()
+        for picture in pictures:
+            assert picture.shape == (1, 3, 2, 4)
+            assert picture.dtype == torch.float32
+            assert low <= float(picture.min()) <= float(picture.max()) <= 1.0
+        a, b = (2 * picture - 1 if self.normalize else picture for picture in pictures)
+        return (a - b)[0, 0, 0, 0].abs()
+
+
+@pytest.mark.parametrize("network", ["alex", "vgg"])
+def test_lpips_tells_torchmetrics_how_bright_pictures_are(monkeypatch: pytest.MonkeyPatch, network: str) -> None:
+    """Its networks look at -1..1, our pictures are 0..1: without ``normalize`` every distance would be half of it."""
+    made: list[Perception] = []
+
+    def make(*arguments: Any, **options: Any) -> Perception:
+        made.append(Perception(*arguments, **options))
+        return made[-1]
+
+    for name in ("torchvision", "torchmetrics", "torchmetrics.image", "torchmetrics.image.lpip"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setattr(
+        sys.modules["torchmetrics.image.lpip"], "LearnedPerceptualImagePatchSimilarity", make, raising=False
+    )
+    pictures = [Image.new("RGB", (4, 2), (red, 0, 255)) for red in (0, 51, 255)]
+    # Red 0, 0.2 and 1 are -1, -0.6 and 1: distances 0.4, 2 and 1.6.
+    assert lpips_diversity(pictures, network=network) == pytest.approx(4 / 3)
+    assert [one.net_type for one in made] == [network]
+
+
 def test_lpips_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "torchvision", None)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
     pictures = random_pictures(2)
     with pytest.raises(LoraweaveError, match=r"pip install 'loraweave\[eval\]'"):
         lpips_diversity(pictures)

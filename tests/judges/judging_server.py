@@ -17,6 +17,8 @@ from loraweave.evaluation.judges.server import Patience
 
 COLOURS = {"switch": (200, 0, 0), "merge": (0, 200, 0), "composite": (0, 0, 200)}
 KEY = "sk-very-secret-1234567890"
+DRIP = 0.1
+"""Seconds between the bytes of a server that drips: less than any time-out, and an answer has hundreds."""
 QUICK = Patience(timeout=0.3, tries=3, first_wait=0.01, longest_wait=0.02)
 
 
@@ -43,7 +45,8 @@ def completion(text: Any) -> dict[str, Any]:
 class Judge:
     """The server's side: ``replies`` are used up in turn, then ``usual`` answers.
 
-    A reply is a text, ``(status, headers, body)``, ``"HANG"`` or ``"CLOSE"``; ``usual`` takes the request's content.
+    A reply is a text, ``(status, headers, body)``, ``"HANG"``, ``"CLOSE"``, ``"DRIP"`` (a good answer of which a byte
+    comes now and then) or ``"DRIP HEAD"`` (not even its head comes); ``usual`` takes the request's content.
     """
 
     def __init__(self) -> None:
@@ -78,6 +81,9 @@ def _handler(judge: Judge) -> type[BaseHTTPRequestHandler]:
             if reply == "CLOSE":
                 self.connection.close()
                 return
+            if reply in ("DRIP", "DRIP HEAD"):
+                self.drip(reply == "DRIP HEAD")
+                return
             status, headers, body = reply if isinstance(reply, tuple) else (200, {}, json.dumps(completion(reply)))
             self.send_response(status)
             for name, value in {"content-type": "application/json", **headers}.items():
@@ -85,6 +91,16 @@ def _handler(judge: Judge) -> type[BaseHTTPRequestHandler]:
             self.send_header("content-length", str(len(body.encode())))
             self.end_headers()
             self.wfile.write(body.encode())
+
+        def drip(self, head: bool) -> None:
+            body = json.dumps(completion("fine"))
+            start = f"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+            at_once, slowly = ("", start + body) if head else (start, body)
+            self.connection.sendall(at_once.encode())
+            for letter in slowly:
+                if judge.released.wait(DRIP):
+                    return
+                self.connection.sendall(letter.encode())
 
         def log_message(self, *_: Any) -> None:
             pass

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,77 @@ def test_a_dry_run_asks_nothing_and_needs_no_server(
     assert "1. hero: red {hair}, boots" in said
     assert not (tmp_path / "out").exists()
     assert served.requests == []
+
+
+def test_nothing_but_nonsense_is_an_error_and_names_no_file_that_is_not_there(
+    served: Judge, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served.usual = lambda request: "both are nice"
+    out = tmp_path / "out"
+    assert main(command(pictures, out, served, "--attempts", "1")) == 2
+    said = capsys.readouterr()
+    assert "0 of 12 answers could be read and no pair in both orders" in said.err
+    assert str(out / "answers") in said.err
+    assert "--retry-failed" in said.err
+    named = [Path(line.partition(": ")[0]) for line in said.out.splitlines() if line.startswith(str(out))]
+    assert named == [out / "answers"]
+    assert not (out / "judgement.json").exists()
+    served.replies = [scores((1, 1), (2, 2))]
+    assert main(command(pictures, out, served, "--attempts", "1", "--retry-failed")) == 2, "half a pair does not count"
+    assert "1 of 12 answers could be read and no pair" in capsys.readouterr().err
+    assert json.loads((out / "judgement.json").read_text())["answered"] == 1
+    served.usual = lambda request: scores((1, 1), (2, 2))
+    assert main(command(pictures, out, served, "--attempts", "1", "--retry-failed")) == 0
+
+
+# Not even root can write in /proc/self.
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="Linux has such a place, others may not")
+@pytest.mark.parametrize("place", ["/proc/self", "file/out"])
+def test_a_place_that_cannot_be_written_costs_no_request(
+    served: Judge, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    (tmp_path / "file").write_text("x")
+    assert main(command(pictures, tmp_path / place, served)) == 2
+    assert "error: cannot write '" in capsys.readouterr().err
+    assert served.requests == []
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="Linux has such a place, others may not")
+def test_answers_that_cannot_be_kept_cost_no_request(
+    served: Judge, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "answers").symlink_to("/proc/self")
+    assert main(command(pictures, tmp_path / "out", served)) == 2
+    assert "error: cannot write '" in capsys.readouterr().err
+    assert served.requests == []
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (["--price", "nan", "1"], "--price: expected a number, got 'nan'"),
+        (["--price", "1", "-5"], "--price: expected a number of at least 0, got '-5'"),
+        (["--timeout", "0"], "--timeout: expected a number above 0, got '0'"),
+        (["--temperature", "inf"], "--temperature: expected a number, got 'inf'"),
+        (["--temperature", "warm"], "--temperature: expected a number, got 'warm'"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: list[str], said: str
+) -> None:
+    assert main(["judge", str(pictures), "-o", str(tmp_path / "out"), "--dry-run", *option]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_command_waits_as_long_as_the_server_asks(served: Judge, pictures: Path, tmp_path: Path) -> None:
+    """Our own first wait is at least 0.75 s."""
+    served.replies = [(429, {"retry-after": "0"}, "{}"), (503, {"retry-after": "1.5"}, "{}")]
+    arguments = command(pictures, tmp_path / "out", served, "--methods", "switch", "merge", "--tries", "3")
+    started = time.perf_counter()
+    assert main(arguments) == 0
+    assert 1.5 <= time.perf_counter() - started < 10
+    assert len(served.requests) == 4 + 2
 
 
 def test_open_questions_are_an_error_at_the_end(

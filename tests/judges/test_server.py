@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import email.utils
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -47,6 +49,7 @@ def test_no_temperature_is_sent_where_none_is_wanted(served: Judge, connect: Con
         (503, {}, json.dumps({"error": {"message": "busy"}})),
         (408, {}, ""),
         "HANG",
+        "DRIP",
         "CLOSE",
         (200, {}, "this is not JSON"),
         (200, {"content-type": "text/html"}, "<html>a proxy</html>"),
@@ -78,6 +81,37 @@ def test_trouble_that_stays_is_told_without_the_key(served: Judge, connect: Conn
         connect().ask("?", PICTURES)
     assert len(served.requests) == 3
     assert KEY not in str(raised.value)
+
+
+@pytest.mark.parametrize("trouble", ["DRIP", "DRIP HEAD"])
+def test_the_time_is_for_the_whole_answer_whatever_arrives_meanwhile(
+    served: Judge, connect: Connect, trouble: str
+) -> None:
+    served.usual = lambda request: trouble
+    started = time.perf_counter()
+    with pytest.raises(Unavailable, match=r"no answer within 0.3 s, at the last of 3 tries"):
+        connect().ask("?", PICTURES)
+    assert 3 * 0.3 <= time.perf_counter() - started < 5
+
+
+def test_threads_wait_side_by_side(served: Judge, connect: Connect) -> None:
+    served.replies = ["HANG"] * 4
+    client, started = connect(Patience(timeout=1, tries=1)), time.perf_counter()
+    with ThreadPoolExecutor(4) as pool:
+        found = [pool.submit(client.ask, "?", PICTURES) for _ in range(4)]
+        assert all(isinstance(one.exception(), Unavailable) for one in found)
+    assert time.perf_counter() - started < 3
+    assert client.ask("?", PICTURES).text.startswith("I see")
+
+
+def test_a_running_loop_is_no_hindrance(served: Judge, connect: Connect) -> None:
+    """As in notebooks."""
+
+    async def inside() -> Reply:
+        return connect().ask("?", PICTURES)
+
+    served.replies = ["fine"]
+    assert asyncio.run(inside()).text == "fine"
 
 
 def test_nobody_listens() -> None:
@@ -113,6 +147,23 @@ def test_retry_after_takes_the_place_of_our_own_wait() -> None:
     assert patience.wait(1, 1e9) == 100
     for tried, full in ((1, 1), (2, 2), (3, 4), (4, 8), (5, 8), (5000, 8)):
         assert all(0.75 * full <= patience.wait(tried, None) <= full for _ in range(20))
+
+
+@pytest.mark.parametrize("date", [False, True])
+def test_what_the_server_asks_for_is_waited(served: Judge, connect: Connect, date: bool) -> None:
+    """Longer than our own waits of 0.02 s; dates have whole seconds."""
+    text = email.utils.formatdate(time.time() + 2, usegmt=True) if date else "0.7"
+    served.replies = [(429, {"retry-after": text}, "{}"), "fine"]
+    started = time.perf_counter()
+    assert connect().ask("?", PICTURES).text == "fine"
+    assert time.perf_counter() - started > 0.6
+
+
+def test_a_server_that_is_ready_at_once_is_not_kept_waiting(served: Judge, connect: Connect) -> None:
+    served.replies = [(503, {"retry-after": "0"}, "{}"), "fine"]
+    started = time.perf_counter()
+    assert connect(Patience(timeout=5, tries=2, first_wait=30)).ask("?", PICTURES).text == "fine"
+    assert time.perf_counter() - started < 10
 
 
 def test_retry_after_in_seconds_and_as_a_date() -> None:

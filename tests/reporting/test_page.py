@@ -3,126 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
-import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
-from PIL import Image
+from report_runs import EVIL, Reader, cell, run_folder, stands_alone
 
 from loraweave.cli import main
 from loraweave.errors import LoraweaveError
-from loraweave.evaluation.bootstrap import against_best_rival
-from loraweave.evaluation.cells import Cell, Cells, Cost
-from loraweave.evaluation.comparison import Run, costs, single, summarise
+from loraweave.evaluation.cells import Cells
 from loraweave.files import write_json_atomic
-from loraweave.reporting.charts import HEIGHT, WIDTH, Line, line_chart, nice_ticks
 from loraweave.reporting.page import render, write_report
-
-VOID = {"meta", "link", "img", "br", "wbr", "hr", "input"}
-EVIL = [
-    "<script>alert(1)</script>",
-    '"><img src=x onerror=alert(2)>',
-    "{{ 7 * 7 }}",
-    "</style><b>",
-    "a&amp;b'\"",
-    "</title>",
-]
-
-
-class Reader(HTMLParser):
-    """Notes tags and text; insists that every tag that opens is closed, in order."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[str] = []
-        self.feed(page)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert len({name for name, _ in attrs}) == len(attrs), f"{tag} has an attribute twice"
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID and not self.get_starttag_text().endswith("/>"):  # type: ignore[union-attr]
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if data.strip():
-            self.text.append(data.strip())
-
-
-def cell(method: str, seed: int | None, qa: list[float], nli: list[float], site: str = "block.0") -> Cell:
-    history: list[dict[str, float]] = []
-    if seed is not None:
-        for step in (1, 10, 20):
-            record = {"step": step, "task_loss": 3.0 / step, "entropy": 0.6, "load/x": 0.5, "load/y": 0.5}
-            history.append(record | {f"entropy/{site}": 0.6, "entropy/block.1": 0.1})
-        history.append({"step": 20, "train_loss": 1.0})
-    scores = {"qa": sum(qa) / len(qa), "nli": sum(nli) / len(nli)}
-    cost = Cost(2.5, 20, 480, 0.4, 0.7) if seed is not None else Cost(score_seconds=0.2, peak_memory_gb=0.5)
-    return Cell(method, seed, {"method": method}, scores, {"qa": qa, "nli": nli}, cost, history)
-
-
-def run_folder(place: Path, experts: int = 2, names: tuple[str, str, str] = ("mole", "qa", "block.0")) -> Path:
-    """What compare leaves behind, worked out from made-up items by the code that it uses."""
-    mole, expert, site = names
-    own = {"qa": 100.0, "nli": 50.0}
-    cells = [
-        cell("base", None, [0, 0], [0, 0]),
-        cell(single(expert), None, [100, 100], [0, 0]),
-        cell(single("nli"), None, [0, 0], [100, 0]),
-        cell("sum", None, [100, 0], [0, 0]),
-        cell(mole, 0, [100, 100], [100, 0], site),
-        cell(mole, 1, [100, 0], [100, 0], site),
-    ]
-    store = Cells(place / "cells")
-    for one in cells:
-        store.save(one)
-    extra = {
-        "metrics": {"qa": "exact_match", "nli": "accuracy"},
-        "items": {"qa": 2, "nli": 2},
-        "recipe": {"base": "zoo", "experts": {expert: "loras/x", **{f"e{n}": "y" for n in range(experts - 1)}}},
-        "kept": mole,
-        "costs": costs(cells),
-        "cells": [store.path(one.method, one.seed, one.key).name for one in cells],
-    }
-    results = summarise([Run(c.method, c.scores, c.seed, c.seconds) for c in cells], own, extra=extra)
-    items: dict[str, Any] = {}
-    for one in cells:
-        if not one.method.startswith("only:"):
-            items.setdefault(one.method, []).append(one.items)
-    kept = {method: found["mean"] for method, found in results["retention"].items()}
-    write_json_atomic(place / "results.json", results | {"differences": against_best_rival(items, own, kept)})
-    panels = {task: {site: [0.75, 0.25], "block.1": [-0.5, 1.0]} for task in (expert, "nli")}
-    write_json_atomic(place / "weights.json", {"method": mole, "experts": [expert, "nli"], "panels": panels})
-    return place
-
-
-def stands_alone(page: str) -> Reader:
-    """Nothing outside is referred to, and nothing runs."""
-    read = Reader(page)
-    for tag, attributes in read.tags:
-        assert tag not in ("script", "link", "iframe", "object", "embed", "base", "form", "a")
-        for name, value in attributes.items():
-            assert not name.startswith("on"), f"{tag} {name}"
-            if name in ("src", "href", "srcset", "data", "action", "poster", "xlink:href"):
-                assert str(value).startswith("data:image/png;base64,")
-    assert "url(" not in page
-    assert "@import" not in page
-    policy = next(a["content"] for t, a in read.tags if t == "meta" and a.get("http-equiv"))
-    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    return read
 
 
 def test_the_page_says_what_the_files_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,8 +37,16 @@ def test_the_page_says_what_the_files_say(tmp_path: Path, capsys: pytest.Capture
         text[n] for n in range(len(text)) if text[n] in ("all experts alike", "mean over sites, run 1", "block.1")
     ]
     assert {"all experts alike", "mean over sites, run 1", "block.1"} == set(titles)
+    # Two experts alike have the entropy ln 2, in a plot from 0 to 0.8.
+    (even,) = re.findall(r'stroke-dasharray="4 4" d="M46.0 ([0-9.]+)L408.0 \1"', page)
+    assert (212 - float(even)) / 200 * 0.8 == pytest.approx(math.log(2), abs=1e-3)
     best = [a for t, a in Reader(page).tags if t == "td" and "best" in str(a.get("class"))]
     assert len(best) == 2
+    scores = stands_alone(page).table("method", 1)
+    assert scores["method"][1:] == ["qa", "nli"]
+    assert scores["mole"] == ["0.875 ±0.177", "75.0 ±35.4", "50.0 ±0.0"]
+    assert scores["only:qa"] == ["0.500", "100.0", "0.0"]
+    assert scores["each expert alone"] == ["1.000", "100.0", "50.0"]
 
 
 def test_names_are_never_markup(tmp_path: Path) -> None:
@@ -161,13 +62,88 @@ def test_names_are_never_markup(tmp_path: Path) -> None:
 def test_runs_of_several_sizes_make_a_curve(tmp_path: Path) -> None:
     for experts in (2, 8, 32):
         run_folder(tmp_path / f"n{experts}", experts)
+    faded = json.loads((tmp_path / "n32" / "results.json").read_text())
+    faded["retention"]["mole"] |= {"mean": 0.5, "std": 0.25}
+    write_json_atomic(tmp_path / "n32" / "results.json", faded)
     page = render(tmp_path)
+    retention = Reader(page).table("experts")
+    assert retention["experts"] == ["2", "8", "32"]
+    assert retention["mole"] == ["0.875", "0.875", "0.500"]
+    assert "mole: 0.5 at 32" in page
+    # From 0 to 1.2 in 200 units: 0.875 and 0.5 with their deviations above, then below.
+    band = re.findall(r'class="band" [^>]*d="M([^"]*)Z"', page)[-1]
+    heights = [float(point.split()[1]) for point in band.split("L")]
+    above, below = 0.875 + 0.1768, 0.875 - 0.1768
+    values = [(212 - height) / 200 * 1.25 for height in heights]
+    assert values == pytest.approx([above, above, 0.75, 0.25, below, below], abs=2e-3)
     text = stands_alone(page).text
     assert "Retention by number of experts" in text
-    assert [part for part in text if re.fullmatch(r"n\d+", part)] == ["n2", "n32", "n8"]
+    # Links to the runs, then their titles.
+    assert [part for part in text if re.fullmatch(r"n\d+", part)] == 2 * ["n2", "n32", "n8"]
     shutil.rmtree(tmp_path / "n8")
     run_folder(tmp_path / "again", 2)
     assert "Retention by number of experts" not in render(tmp_path), "two runs of one size are no curve"
+
+
+def test_names_are_no_markup_beside_the_curve_either(tmp_path: Path) -> None:
+    for number, evil in enumerate(EVIL):
+        for experts in (2, 8):
+            run_folder(tmp_path / str(number) / f"n{experts}", experts, names=(evil, "qa", "block.0"))
+        assert Reader(render(tmp_path / str(number))).table("experts")[evil] == ["0.875", "0.875"]
+
+
+def test_published_figures_stand_beside_ours(tmp_path: Path) -> None:
+    run = run_folder(tmp_path)
+    results = json.loads((run / "results.json").read_text())
+    printed = {"sum": {"qa": 11.0, "other": 12.0}, "mole": {"nli": 21.0, "average": 22.0}}
+    results["recipe"]["published"] = {"source": "Paper <1>", "scores": printed, "note": "a & b"}
+    write_json_atomic(run / "results.json", results)
+    read = stands_alone(render(run))
+    pairs = {
+        first: rest for first, *rest in next(rows for rows in read.tables if rows[1][1:3] == ["paper", "here"])[2:]
+    }
+    assert any(part.startswith("Paper <1> (a & b). In each pair") for part in read.text)
+    # qa, other, nli, average: of each the paper's figure, then ours.
+    assert pairs["sum"] == ["11.0", "50.0", "12.0", "–", "–", "0.0", "–", "25.0"]
+    assert pairs["mole"] == ["–", "75.0", "–", "–", "21.0", "50.0", "22.0", "62.5"]
+
+
+def test_many_columns_of_published_figures_are_rows(tmp_path: Path) -> None:
+    run = run_folder(tmp_path)
+    results = json.loads((run / "results.json").read_text())
+    printed = {"sum": {"nli": 31.0, **{f"t{n}": float(n) for n in range(5)}}, "mole": {"nli": 21.0}}
+    results["recipe"]["published"] = {"source": "Paper", "scores": printed}
+    write_json_atomic(run / "results.json", results)
+    rows = next(rows for rows in Reader(render(run)).tables if rows[1][1:3] == ["paper", "here"])
+    assert rows[0] == ["", "sum", "mole"]
+    found = {first: rest for first, *rest in rows[2:]}
+    assert found["nli"] == ["31.0", "0.0", "21.0", "50.0"]
+    assert found["t4"] == ["4.0", "–", "–", "–"]
+
+
+def test_marks_of_intervals_stand_where_they_belong(tmp_path: Path) -> None:
+    run = run_folder(tmp_path)
+    results = json.loads((run / "results.json").read_text())
+    results["differences"] = {
+        "mole": {"rival": "sum", "difference": 0.2, "low": 0.1, "high": 0.4},
+        "sum": {"rival": "mole", "difference": -0.2, "low": -0.4, "high": -0.1},
+        "base": {"rival": "mole", "difference": 0.0, "low": -0.2, "high": 0.2},
+    }
+    write_json_atomic(run / "results.json", results)
+    read = Reader(render(run))
+    spans = [a for t, a in read.tags if t == "span" and "interval" in str(a.get("class"))]
+    marks = [a["style"] for t, a in read.tags if t == "i" and a.get("class") in ("span", "dot")]
+    assert [(a["class"], a["title"]) for a in spans] == [
+        ("interval up", "against sum"),
+        ("interval down", "against mole"),
+        ("interval", "against mole"),
+    ]
+    # 0 is in the middle; the widest difference, 0.4, reaches to the edge.
+    assert marks[:2] == ["left:62.5%;right:0.0%", "left:75.0%"]
+    assert marks[2:4] == ["left:0.0%;right:62.5%", "left:25.0%"]
+    assert marks[4:] == ["left:25.0%;right:25.0%", "left:50.0%"]
+    lead = "mole keeps 87.5 % of what the LoRAs can do by themselves, 20.0 points more than sum (95 %: +10.0 to +40.0)."
+    assert lead in read.text
 
 
 def test_cells_of_an_earlier_recipe_are_not_shown(tmp_path: Path) -> None:
@@ -189,27 +165,6 @@ def test_many_single_experts_are_left_out_but_for_those_that_lead(tmp_path: Path
     assert any("The 20 single experts" in part for part in text)
 
 
-def test_pictures_stand_in_the_page(tmp_path: Path) -> None:
-    Image.new("RGB", (8, 4), "red").save(tmp_path / "sheet.png")
-    described = {
-        "base": "sd",
-        "pipeline": "P",
-        "scheduler": "S",
-        "experts": [{"name": "<i>hat</i>"}],
-        "prompt": "a cat & a hat",
-        "methods": {"sum": None},
-        "pictures": [{"method": "sum", "seed": 0, "file": "sum-0.png", "seconds": 1.0}],
-    }
-    write_json_atomic(tmp_path / "image.json", described)
-    read = stands_alone(render(tmp_path))
-    assert {"a cat & a hat", "<i>hat</i>"} <= set(read.text)
-    (source,) = [a["src"] for t, a in read.tags if t == "img"]
-    assert source is not None
-    (tmp_path / "sheet.png").write_bytes(b"<svg onload=alert(1)>")
-    with pytest.raises(LoraweaveError, match="expected the contact sheet, a PNG"):
-        render(tmp_path)
-
-
 def test_what_cannot_be_reported_is_said(tmp_path: Path) -> None:
     with pytest.raises(LoraweaveError, match="no such folder"):
         render(tmp_path / "none")
@@ -219,7 +174,7 @@ def test_what_cannot_be_reported_is_said(tmp_path: Path) -> None:
     results = json.loads((run / "results.json").read_text())
     for broken, why in (
         ("{", "cannot be read"),
-        ("[]", "not what 'compare' or 'image' of this version writes"),
+        ("[]", "not what 'compare' of this version writes"),
         (json.dumps({k: v for k, v in results.items() if k != "cells"}), "KeyError: 'cells'"),
         (json.dumps({k: v for k, v in results.items() if k != "costs"}), "expected 'costs'.* earlier version"),
     ):
@@ -239,55 +194,3 @@ def test_cells_are_read_from_the_run_alone(tmp_path: Path) -> None:
     results["cells"] = ["../../elsewhere/other.json", str(tmp_path / "elsewhere" / "other.json")]
     (run / "results.json").write_text(json.dumps(results))
     assert "<h3>Training" not in render(run)
-
-
-# ---------------------------------------------------------------- charts
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "ticks"),
-    [
-        (0.0, 1.0, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]),
-        (0.0, 2.08, [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]),
-        (1, 20, [0.0, 5.0, 10.0, 15.0, 20.0]),
-        (-3, 3, [-4.0, -2.0, 0.0, 2.0, 4.0]),
-        (5.0, 5.0, [4.4, 4.6, 4.8, 5.0, 5.2, 5.4, 5.6]),
-    ],
-)
-def test_ticks(low: float, high: float, ticks: list[float]) -> None:
-    found = nice_ticks(low, high)
-    assert found[0] <= low <= high <= found[-1]
-    if low < high:
-        assert found == pytest.approx(ticks)
-
-
-def test_points_stand_where_they_belong() -> None:
-    """Plot area: 46 to 408 across, 212 down to 12."""
-    assert (WIDTH, HEIGHT) == (420, 250)
-    chart = line_chart([Line("a<b", [(0, 0.0), (5, 1.0), (10, 0.5)], "red", spread=[0, 0, 0])], "x", "y")
-    assert "M46.0 212.0L227.0 12.0L408.0 112.0" in chart
-    assert "a&lt;b" in chart
-    doubled = line_chart([Line("n", [(2, 0.0), (8, 1.0), (32, 1.0)], "red")], "x", "y", logarithmic=True)
-    assert "M46.0 212.0L227.0 12.0L408.0 12.0" in doubled
-
-
-# ---------------------------------------------------------------- a browser
-
-
-def test_a_browser_shows_it(tmp_path: Path) -> None:
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-    if browser is None:
-        pytest.skip("no Chromium here; on Debian and Ubuntu: apt-get install chromium")
-    page = write_report(run_folder(tmp_path / "run", names=("mole", EVIL[0], EVIL[1])))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--enable-logging=stderr"]
-    profile = f"--user-data-dir={tmp_path / 'profile'}"
-    done = subprocess.run(
-        [browser, *flags, profile, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120, check=True
-    )
-    assert "CONSOLE" not in done.stderr, done.stderr
-    assert Reader(page.read_text()).text == Reader(done.stdout).text
-    assert done.stdout.count("<svg") == 2
-    shot = tmp_path / "shot.png"
-    sized = [f"--screenshot={shot}", "--window-size=800,900", "--hide-scrollbars"]
-    subprocess.run([browser, *flags, profile, *sized, page.as_uri()], capture_output=True, timeout=120, check=True)
-    assert len(set(Image.open(shot).convert("RGB").resize((80, 90)).tobytes())) > 30, "the page is blank"

@@ -12,9 +12,9 @@ from typing import Any
 from rich.console import Console
 
 from loraweave import persistence
-from loraweave.cli import building
 from loraweave.cli.contest import Contest
 from loraweave.cli.processes import Process
+from loraweave.cli.weighing import gate_weights
 from loraweave.errors import LoraweaveError
 from loraweave.evaluation.bootstrap import against_best_rival
 from loraweave.evaluation.cells import CELLS, Cell, Cells
@@ -27,8 +27,6 @@ from loraweave.reporting.tables import results_table, summary_table
 
 RESULTS, PICTURE, WEIGHTS, MIXTURE, REPORT = "results.json", "weights.png", "weights.json", "mixture", "report.html"
 OURS = (RESULTS, PICTURE, WEIGHTS, MIXTURE, REPORT, CELLS)
-# Inputs per task for the picture: a mean over more looks the same.
-_PICTURED = 32
 
 
 def compare(
@@ -39,9 +37,9 @@ def compare(
     ``out/cells`` gets a JSON file for each method and seed as soon as it is done; those that are there from the same
     recipe are not made again, and several processes may share the work. At the end the main process writes
     ``results.json`` (see :func:`loraweave.evaluation.comparison.summarise`; and ``differences``, see
-    :func:`~loraweave.evaluation.bootstrap.against_best_rival`, and ``costs``), and of the first method that trains
-    gates, as it was after the first seed, ``weights.json`` and ``weights.png`` (its weights on each task) and the
-    ``mixture``.
+    :func:`~loraweave.evaluation.bootstrap.against_best_rival`, and ``costs``), ``weights.json`` (what every method's
+    gates give to each expert, on each task, after the first seed), and of the first method that trains gates
+    ``weights.png`` (the same, drawn) and the ``mixture``.
 
     Args:
         recipe: what to compare.
@@ -126,11 +124,9 @@ def _results(contest: Contest, cells: Sequence[Cell], seconds: float) -> dict[st
 
 def _leave(contest: Contest, results: dict[str, Any], place: Path) -> None:
     """Everything but the cells; ``results.json`` last, so that where it is all the rest is too."""
-    mixture = contest.restore()
-    inputs = {name: [e.input for e in test.examples[:_PICTURED]] for name, test in contest.tests.items()}
-    panels = building.average_weights(mixture, contest.tokenizer, inputs, progress=False, **contest.settings)
-    content = {"method": contest.kept, "experts": list(mixture.experts), "panels": panels}
-    write_json_atomic(place / WEIGHTS, content)
+    weights = gate_weights(contest, place / WEIGHTS)
+    write_json_atomic(place / WEIGHTS, weights)
+    mixture, panels = contest.mixture, weights["methods"][contest.kept]["panels"]
     heat_maps(panels, mixture.experts, place / PICTURE, f"weights of {contest.kept} on each task")
     persistence.save(mixture, place / MIXTURE, results=results, recipe=results["recipe"])
     write_json_atomic(place / RESULTS, results)

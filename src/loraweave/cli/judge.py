@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import math
 
-from loraweave.cli.verb import Verb, positive
+from loraweave.cli.verb import Verb, finite, positive
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +27,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--temperature", metavar="X", type=_temperature, default=0.0, help="or 'none' to send none (default: 0)"
     )
     parser.add_argument(
-        "--price", metavar=("IN", "OUT"), type=float, nargs=2, help="of a million tokens, for an estimate in money"
+        "--price",
+        metavar=("IN", "OUT"),
+        type=_not_below_zero,
+        nargs=2,
+        help="of a million tokens, for an estimate in money",
     )
 
 
@@ -39,22 +42,21 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _above_zero(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not (math.isfinite(number) and number > 0):
+    number = finite(text)
+    if number <= 0:
         raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
     return number
 
 
+def _not_below_zero(text: str) -> float:
+    number = finite(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+    return number
+
+
 def _temperature(text: str) -> float | None:
-    if text == "none":
-        return None
-    try:
-        return float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected a number or 'none', got {text!r}") from error
+    return None if text == "none" else _not_below_zero(text)
 
 
 VERB = Verb(

@@ -21,7 +21,7 @@ from loraweave.evaluation.judges.pictures import pairs, read_pictures
 from loraweave.evaluation.judges.question import DIMENSIONS, questions
 from loraweave.evaluation.judges.server import MODEL, Access, Patience, Server
 from loraweave.evaluation.judges.tally import tally
-from loraweave.files import write_json_atomic, write_text_atomic
+from loraweave.files import make_folder, write_json_atomic, write_text_atomic
 
 RESULTS, SCORES = "judgement.json", "scores.jsonl"
 
@@ -35,6 +35,9 @@ def run(options: argparse.Namespace) -> None:
     access = None if options.dry_run else Access.from_environment(options.url, options.model)
     model = access.model if access else options.model or os.environ.get(MODEL, "")
     answers = Answers(options.out, model)
+    if access is not None:
+        for place in (Path(options.out), answers.folder):
+            make_folder(place)  # tried before anything is paid for
     todo = answers.open(asked, again=options.retry_failed)
     cost = estimate(todo)
     for line in described(len(compared), len(asked), cost, options.price):
@@ -62,12 +65,19 @@ def run(options: argparse.Namespace) -> None:
             write_json_atomic(Path(options.out) / RESULTS, results)
             write_text_atomic(Path(options.out) / SCORES, "".join(json.dumps(row) + "\n" for row in scores))
     show(console, counted)
-    for name, what in ((RESULTS, "every number"), (SCORES, "a score per picture"), (FOLDER, "every answer in full")):
+    written = [(RESULTS, "every number"), (SCORES, "a score per picture")] if counted["answered"] else []
+    for name, what in (*written, (FOLDER, "every answer in full")):
         console.print(f"{Path(options.out) / name}: {what}", highlight=False, soft_wrap=True)
     if counted["open"]:
         raise LoraweaveError(
             f"{counted['open']} of {len(asked)} questions are open, the server gave no answer; "
             "the same command asks them"
+        )
+    if not any(row["counted"] for row in counted["pairs"]):
+        raise LoraweaveError(
+            f"{counted['answered']} of {len(asked)} answers could be read and no pair in both orders, so there is "
+            f"nothing to count; read in {answers.folder} what was said instead, take a model that keeps to the form, "
+            "or ask again with --retry-failed"
         )
 
 

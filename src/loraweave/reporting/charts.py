@@ -10,6 +10,9 @@ from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 420, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 12, 38
+_COLOURS = 8
+GUIDE = "4 4"
+"""Dashes of lines that only guide the eye."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Line:
         points: ``(x, y)`` from left to right.
         colour: any CSS colour, e.g. ``var(--c1)``.
         thick: whether it stands out.
-        dashed: for lines that only guide the eye.
+        dash: lengths of dashes and gaps, as SVG has them; empty for a whole line.
         spread: for each point how far a band reaches to both sides; empty for none.
     """
 
@@ -29,8 +32,27 @@ class Line:
     points: Sequence[tuple[float, float]]
     colour: str
     thick: bool = False
-    dashed: bool = False
+    dash: str = ""
     spread: Sequence[float] = ()
+
+    @property
+    def key(self) -> Markup:
+        """A piece of the line, for legends."""
+        return Markup(f'<svg class="key" viewBox="0 0 30 8" aria-hidden="true">{self.drawn("M1 4H29")}</svg>')
+
+    def drawn(self, path: str, title: str = "") -> str:
+        """The line along ``path``."""
+        dash = f' stroke-dasharray="{self.dash}"' if self.dash else ""
+        inside = f"<title>{escape(title)}</title>" if title else ""
+        kind = "line thick" if self.thick else "line"
+        return f'<path class="{kind}" style="stroke:{self.colour}"{dash} d="{path}">{inside}</path>'
+
+
+def look(number: int) -> dict[str, str]:
+    """Colour and dashes of line ``number``, unlike those of any other: eight colours, then the same in dashes, then in
+    dashes and a dot, and so on."""
+    turn = number // _COLOURS
+    return {"colour": f"var(--c{number % _COLOURS})", "dash": "7 3" + " 1.5 3" * (turn - 1) if turn else ""}
 
 
 def line_chart(lines: Sequence[Line], x: str, y: str, *, logarithmic: bool = False, low: float | None = 0.0) -> Markup:
@@ -77,13 +99,13 @@ def line_chart(lines: Sequence[Line], x: str, y: str, *, logarithmic: bool = Fal
             over = [(across(a), up(b + s)) for (a, b), s in zip(line.points, line.spread, strict=True)]
             under = [(across(a), up(b - s)) for (a, b), s in zip(line.points, line.spread, strict=True)]
             parts.append(f'<path class="band" style="fill:{line.colour}" d="{_path([*over, *reversed(under)])}Z"/>')
-        kind = " ".join(["line", *(["thick"] if line.thick else []), *(["dashed"] if line.dashed else [])])
-        parts.append(
-            f'<path class="{kind}" style="stroke:{line.colour}" d="{_path(places)}"><title>{escape(line.name)}</title>'
-            "</path>"
-        )
+        parts.append(line.drawn(_path(places), line.name))
         if logarithmic or len(places) == 1:
-            parts += [f'<circle style="fill:{line.colour}" cx="{a:.1f}" cy="{b:.1f}" r="3"/>' for a, b in places]
+            parts += [
+                f'<circle style="fill:{line.colour}" cx="{a:.1f}" cy="{b:.1f}" r="3">'
+                f"<title>{escape(line.name)}: {value:.3g} at {where:g}</title></circle>"
+                for (a, b), (where, value) in zip(places, line.points, strict=True)
+            ]
     return Markup("".join(parts) + "</svg>")
 
 

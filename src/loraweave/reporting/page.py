@@ -1,11 +1,9 @@
-"""One HTML page about a comparison, or about several: nothing outside it is needed to read it."""
+"""One HTML page about what the commands left behind: nothing outside it is needed to read it."""
 
 from __future__ import annotations
 
-import base64
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,27 +11,25 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from loraweave.errors import LoraweaveError
-from loraweave.evaluation.comparison import SINGLE
 from loraweave.files import write_text_atomic
-from loraweave.reporting.charts import Line, line_chart
-from loraweave.reporting.plots import short_names
-from loraweave.reporting.tables import SUMMARY, summary_rows
+from loraweave.reporting.parts.comparison import RESULTS, comparison
+from loraweave.reporting.parts.curves import scaling
+from loraweave.reporting.parts.judgement import JUDGEMENT, judgement
+from loraweave.reporting.parts.painted import IMAGE, PICTURES, SCORES, SETTINGS, demo, image, testbed
+from loraweave.reporting.parts.pictures import PICTURES as MOST_PICTURES
 
 PAGE = "report.html"
-_COLOURS = 8
-# Numbers stand in the cells of a heat map where it has no more columns than this.
-_NUMBERED = 14
-# More single experts than this are not all shown.
-_SINGLES = 12
-_LARGEST_PICTURE = 32_000_000
+_TEMPLATES = "templates"
+# Of a contact sheet on a page with many: a row or two of each.
+_LEAST_PICTURES = 12
 
 
 def write_report(run: str | Path, out: str | Path | None = None) -> Path:
     """Write the page about ``run``.
 
     Args:
-        run: a folder that ``loraweave compare``, ``demo`` or ``image`` wrote; or a folder of such folders, which adds
-            curves over the number of experts where the comparisons differ in it.
+        run: a folder that ``loraweave compare``, ``testbed``, ``judge``, ``image`` or ``demo`` wrote; or a folder of
+            such folders, which adds curves over the number of experts where comparisons differ in it.
         out: default: ``report.html`` in ``run``.
 
     Returns:
@@ -53,227 +49,82 @@ def render(run: Path) -> str:
     import jinja2
 
     if not run.is_dir():
-        raise LoraweaveError(f"{str(run)!r}: no such folder; expected what 'loraweave compare' or 'image' wrote")
-    folders = [run, *sorted(path for path in run.iterdir() if path.is_dir())]
-    runs = [found for folder in folders if (found := _run(folder, run)) is not None]
+        raise LoraweaveError(f"{str(run)!r}: no such folder; expected what 'loraweave compare' or 'testbed' wrote")
+    folders = _folders(run)
+    sheets = sum(any((folder / name).is_file() for name in (PICTURES, IMAGE)) for folder in folders)
+    most = max(_LEAST_PICTURES, min(MOST_PICTURES, 3 * MOST_PICTURES // max(1, sheets)))
+    runs: list[dict[str, Any]] = [
+        {"name": "" if folder == run else folder.relative_to(run).as_posix(), "parts": parts}
+        for folder in folders
+        if (parts := _parts(folder, most))
+    ]
     if not runs:
         raise LoraweaveError(
-            f"{str(run)!r}: nothing to report; expected results.json or image.json in it or just below"
+            f"{str(run)!r}: nothing to report; expected {RESULTS}, {PICTURES}, {SCORES}, {JUDGEMENT} or {IMAGE} in it "
+            "or just below, as compare, testbed, judge, image and demo write them"
         )
-    template = (resources.files("loraweave.reporting") / "page.html.j2").read_text(encoding="utf-8")
+    comparisons = [part for one in runs for part in one["parts"] if part["template"] == "comparison.html.j2"]
+    folder = resources.files("loraweave.reporting") / _TEMPLATES
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        loader=jinja2.FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")),
     )
     environment.filters["breakable"] = _breakable
-    title = run.resolve().name
-    return environment.from_string(template).render(title=title, runs=runs, scaling=scaling_curves(runs))
+    page = environment.get_template("page.html.j2")
+    return page.render(title=run.resolve().name, runs=runs, scaling=scaling(comparisons))
 
 
-def scaling_curves(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Retention over the number of experts, where runs differ in it: chart and legend; else None."""
-    sized = sorted((run["experts"], run["results"]) for run in runs if run.get("results")) if _sizes(runs) else []
-    if not sized:
-        return None
-    methods = list(dict.fromkeys(m for _, found in sized for m in found["retention"] if not m.startswith(SINGLE)))
-    lines = []
-    for number, method in enumerate(methods):
-        there = [(n, found["retention"][method]) for n, found in sized if method in found["retention"]]
-        points, spread = [(float(n), kept["mean"]) for n, kept in there], [kept["std"] for _, kept in there]
-        lines.append(Line(method, points, _colour(number), thick=True, spread=spread))
-    chart = line_chart(lines, "experts", "retention", logarithmic=True)
-    return {"chart": chart, "legend": [(line.name, line.colour) for line in lines]}
+def _folders(run: Path) -> list[Path]:
+    """The folder itself, those just below, and judgements of these, which lie one deeper."""
+    children = _below(run)
+    return [run, *(one for child in children for one in (child, *_below(child)) if one == child or _judged(one))]
 
 
-def _sizes(runs: Sequence[Mapping[str, Any]]) -> bool:
-    counts = [run["experts"] for run in runs if run.get("results")]
-    # Two comparisons of one size are no curve; neither are points above each other.
-    return len(set(counts)) == len(counts) > 1
+def _below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir())
 
 
-# ---------------------------------------------------------------- one run
+def _judged(folder: Path) -> bool:
+    return (folder / JUDGEMENT).is_file()
 
 
-def _run(folder: Path, whole: Path) -> dict[str, Any] | None:
-    """What the template shows of one folder; None if it holds nothing of ours."""
-    results, pictures = _json(folder / "results.json"), _json(folder / "image.json")
-    if results is None and pictures is None:
-        return None
-    shown: dict[str, Any] = {"name": "" if folder == whole else folder.name, "results": None, "pictures": None}
+def _parts(folder: Path, most: int) -> list[dict[str, Any]]:
+    """What the page shows of one folder; nothing if it holds nothing of ours."""
+    parts: list[dict[str, Any]] = []
+
+    def add(name: str, command: str, part: Callable[[Any], Mapping[str, Any]]) -> None:
+        content = _json(folder / name)
+        if content is not None:
+            parts.append(_made(folder / name, command, lambda: part(content)))
+
+    add(RESULTS, "compare", lambda found: demo(folder, found) if _is_demo(found) else comparison(folder, found, _json))
+    if (folder / PICTURES).is_file() or (folder / SCORES).is_file():
+        scores, settings = _json(folder / SCORES), _json(folder / SETTINGS)
+        name = PICTURES if scores is None else SCORES
+        parts.append(_made(folder / name, "testbed", lambda: testbed(folder, scores, settings, most)))
+    add(IMAGE, "image", lambda found: image(folder, found, most))
+    add(JUDGEMENT, "judge", judgement)
+    return parts
+
+
+def _is_demo(results: Any) -> bool:
+    """``loraweave demo --images`` has results of its own kind."""
+    return isinstance(results, Mapping) and "summary" in results and "retention" not in results
+
+
+def _made(path: Path, command: str, part: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
     try:
-        if results is not None:
-            shown |= _comparison(folder, results)
-        if pictures is not None:
-            shown["pictures"] = _pictures(folder, pictures)
+        return dict(part())
+    except LoraweaveError as error:
+        named = str(path.parent) in str(error)
+        raise error if named else LoraweaveError(f"{path}: {error}") from error
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise LoraweaveError(
-            f"{folder}: not what 'compare' or 'image' of this version writes ({type(error).__name__}: {error})"
+            f"{path}: not what {command!r} of this version writes ({type(error).__name__}: {error})"
         ) from error
-    return shown
-
-
-def _comparison(folder: Path, results: Mapping[str, Any]) -> dict[str, Any]:
-    recipe = results["recipe"]
-    weights, scores = _json(folder / "weights.json"), _scores(results)
-    shown = _few(scores)
-    cells = [cell for name in results["cells"] if (cell := _json(folder / "cells" / Path(name).name)) is not None]
-    return {
-        "results": results,
-        "experts": len(recipe["experts"]) + len(recipe.get("merged") or {}),
-        "facts": _facts(results),
-        "summary": _summary(results),
-        "tasks": list(results["metrics"]),
-        "scores": shown,
-        "hidden": len(scores) - len(shown),
-        "heat": None if weights is None else _heat(weights),
-        "training": [curves for method in results["scores"] if (curves := _curves(method, cells)) is not None],
-        "recipe": json.dumps(recipe, indent=2, ensure_ascii=False),
-    }
-
-
-def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    recipe, machine, versions = results["recipe"], results["machine"], results["versions"]
-    memory = results["peak_gpu_memory_gb"] or results["peak_memory_gb"]
-    spent = f"{results['seconds']:.0f} s" if results["seconds"] < 300 else f"{results['seconds'] / 60:.0f} min"
-    return [
-        ("base", str(recipe["base"])),
-        ("experts", ", ".join([*recipe["experts"], *(recipe.get("merged") or {})])),
-        ("seeds", ", ".join(map(str, results["seeds"])) or "none: nothing here hangs on chance"),
-        ("test items", f"{sum(results['items'].values())} in {len(results['items'])} tasks"),
-        ("made on", f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores"),
-        ("took", spent + ("" if memory is None else f", {memory:.2f} GB at most")),
-        ("with", ", ".join(f"{name} {version}" for name, version in versions.items() if version)),
-    ]
-
-
-def _summary(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Rows of the summary, and where the marks of the intervals stand, in percent of the widest difference."""
-    found = results["differences"]
-    reach = max((max(abs(d["low"]), abs(d["high"])) for d in found.values()), default=0.0) or 1.0
-
-    def place(value: float) -> float:
-        return round(50 + 50 * value / reach, 2)
-
-    marks = {
-        method: {"rival": d["rival"], **{name: place(d[name]) for name in ("low", "difference", "high")}}
-        for method, d in found.items()
-    }
-    sure = {method: d["low"] > 0 or d["high"] < 0 for method, d in found.items()}
-    return {"head": SUMMARY, "rows": summary_rows(results), "marks": marks, "sure": sure}
-
-
-def _scores(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row per method: competitors, then single experts, then each expert alone."""
-    scores, kept, tasks = results["scores"], results["retention"], list(results["metrics"])
-    competing = [method for method in scores if not method.startswith(SINGLE)]
-    rows = []
-    for method in sorted(scores, key=lambda method: method not in competing):
-        cells = []
-        for task in tasks:
-            best = max(round(scores[m][task]["mean"], 1) for m in competing)
-            mean = scores[method][task]["mean"]
-            spread = scores[method][task]["std"] if len(scores[method][task]["per_seed"]) > 1 else None
-            mark = method in competing and len(competing) > 1 and round(mean, 1) == best
-            cells.append(
-                {"mean": f"{mean:.1f}", "std": None if spread is None else f"{spread:.1f}", "best": mark, "share": mean}
-            )
-        rows.append({"name": method, "single": method not in competing, "cells": cells, "kept": kept[method]})
-    return rows
-
-
-def _few(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without single experts where there are many, but for those with the highest score on some task."""
-    single = [row for row in rows if row["single"]]
-    if len(single) <= _SINGLES:
-        return list(rows)
-    leaders = {
-        max(range(len(single)), key=lambda n: single[n]["cells"][task]["share"])
-        for task in range(len(rows[0]["cells"]))
-    }
-    return [*(row for row in rows if not row["single"]), *(single[n] for n in sorted(leaders))]
-
-
-def _heat(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Panels: experts by sites, each weight with its share of the strongest colour in percent."""
-    panels, experts = weights["panels"], list(weights["experts"])
-    values = [abs(float(w)) for sites in panels.values() for ws in sites.values() for w in ws]
-    if not all(map(math.isfinite, values)):
-        raise ValueError("a weight is not finite")
-    top = max(values, default=0.0) or 1.0
-    shown = []
-    for panel, sites in panels.items():
-        grid = [[float(ws[n]) for ws in sites.values()] for n in range(len(experts))]
-        cells = [
-            [{"weight": f"{w:.2f}", "share": round(100 * abs(w) / top), "minus": w < 0} for w in row] for row in grid
-        ]
-        shown.append({"name": panel, "rows": list(zip(experts, cells, strict=True))})
-    sites = list(next(iter(panels.values()), {}))
-    return {
-        "method": weights["method"],
-        "panels": shown,
-        "sites": list(zip(sites, short_names(sites) if sites else [], strict=True)),
-        "numbers": len(sites) <= _NUMBERED,
-        "top": f"{top:.2f}",
-    }
-
-
-def _curves(method: str, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Loss and entropy of one method's training: every seed, and of the first each site."""
-    logs = [[r for r in cell["history"] if "entropy" in r] for cell in cells if cell["method"] == method]
-    logs = [log for log in logs if log]
-    if not logs:
-        return None
-    names = [name for name in logs[0][0] if name.startswith("entropy/")]
-    sites = [
-        Line(name.removeprefix("entropy/"), _points(logs[0], name), _ramp(n, len(names)))
-        for n, name in enumerate(names)
-    ]
-    experts = sum(name.startswith("load/") for name in logs[0][0])
-    means = [
-        Line(f"mean over sites, run {n}", _points(log, "entropy"), "var(--ink)", thick=True)
-        for n, log in enumerate(logs)
-    ]
-    steps = [step for step, _ in means[0].points]
-    even = (
-        [
-            Line(
-                "all experts alike",
-                [(steps[0], math.log(experts)), (steps[-1], math.log(experts))],
-                "var(--muted)",
-                dashed=True,
-            )
-        ]
-        if experts > 1
-        else []
-    )
-    losses = [Line(f"run {n}", _points(log, "task_loss"), "var(--ink)", thick=True) for n, log in enumerate(logs)]
-    shorter = short_names([line.name for line in sites]) if sites else []
-    return {
-        "method": method,
-        "entropy": line_chart([*even, *sites, *means], "step", "entropy of the gates, nats"),
-        "loss": line_chart(losses, "step", "loss on the task"),
-        "sites": [(name, line.colour) for name, line in zip(shorter, sites, strict=True)],
-        "seeds": len(logs),
-    }
-
-
-def _points(log: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
-    return [(float(record["step"]), float(record[name])) for record in log if name in record]
-
-
-def _pictures(folder: Path, described: Mapping[str, Any]) -> dict[str, Any]:
-    sheet = folder / "sheet.png"
-    content = sheet.read_bytes() if sheet.is_file() and sheet.stat().st_size <= _LARGEST_PICTURE else b""
-    if not content.startswith(b"\x89PNG\r\n\x1a\n"):
-        raise LoraweaveError(f"{sheet}: expected the contact sheet, a PNG picture of at most {_LARGEST_PICTURE} bytes")
-    facts = [
-        ("prompt", described["prompt"]),
-        ("base", f"{described['base']} ({described['pipeline']}, {described['scheduler']})"),
-        ("experts", ", ".join(expert["name"] for expert in described["experts"])),
-        ("methods", ", ".join(described["methods"])),
-    ]
-    source = Markup("data:image/png;base64,") + base64.b64encode(content).decode()
-    seconds = {entry["method"]: entry["seconds"] for entry in described["pictures"]}
-    return {"source": source, "facts": [(name, str(value)) for name, value in facts], "seconds": seconds}
 
 
 def _json(path: Path) -> Any:
@@ -288,12 +139,3 @@ def _json(path: Path) -> Any:
 def _breakable(name: str) -> Markup:
     """A name that may be broken at its joints, where a column is narrow."""
     return escape(name).replace("_", Markup("_<wbr>")).replace("/", Markup("/<wbr>"))
-
-
-def _colour(number: int) -> str:
-    return f"var(--c{number % _COLOURS})"
-
-
-def _ramp(number: int, count: int) -> str:
-    """From blue over green to orange, first to last, readable on light and dark."""
-    return f"hsl({round(225 - 200 * number / max(1, count - 1))} 62% 52%)"

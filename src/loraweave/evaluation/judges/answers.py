@@ -39,7 +39,7 @@ class Answers:
         path = self.path(question)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, RecursionError) as error:
             raise LoraweaveError(f"cannot read the answer {str(path)!r} ({error}); delete it to ask again") from error

@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from loraweave.errors import LoraweaveError
+from loraweave.evaluation.judges.deadline import within
 
 URL, MODEL, KEY = "LORAWEAVE_JUDGE_URL", "LORAWEAVE_JUDGE_MODEL", "LORAWEAVE_JUDGE_KEY"
 _OTHER_URL, _OTHER_KEY = "OPENAI_BASE_URL", "OPENAI_API_KEY"
@@ -72,7 +73,8 @@ class Patience:
     """How long to wait and how often to try again.
 
     Attributes:
-        timeout: seconds without a sign of the server after which a request is given up.
+        timeout: seconds within which the whole answer to a request must be there; then it is given up, even if the
+            server still sends something now and then.
         tries: requests per question before it is left for a later run.
         first_wait: seconds before the second try; each further wait is twice as long, up to ``longest_wait``, less a
             random quarter. A server's ``Retry-After`` takes its place.
@@ -133,9 +135,10 @@ class Server:
             raise LoraweaveError("a judge needs the openai client: pip install 'loraweave[judge]'") from error
         self.access, self.patience, self.temperature = access, patience, temperature
         self._stopped = threading.Event()
-        # Its own retries stop at waits of 8 s and ignore a Retry-After above a minute: too short for a busy server.
-        self.client: Any = openai.OpenAI(
-            base_url=access.url, api_key=access.key or "none", timeout=patience.timeout, max_retries=0
+        # Its own retries stop at waits of 8 s and ignore a Retry-After above a minute: too short for a busy server. Its
+        # own time-out begins anew with every byte.
+        self.client: Any = openai.AsyncOpenAI(
+            base_url=access.url, api_key=access.key or "none", timeout=None, max_retries=0
         )
 
     def ask(self, text: str, pictures: Sequence[tuple[bytes, str]]) -> Reply:
@@ -158,13 +161,12 @@ class Server:
         for tried in range(1, self.patience.tries + 1):
             retry_after = None
             try:
-                return _reply(
-                    self.client.chat.completions.create(model=self.access.model, messages=messages, **options)
-                )
+                call = self.client.chat.completions.create(model=self.access.model, messages=messages, **options)
+                return _reply(within(self.patience.timeout, call))
             except openai.APIStatusError as error:
                 self._raise_if_lasting(error.status_code, str(error))
                 said, retry_after = f"HTTP {error.status_code}", _retry_after(error.response.headers)
-            except openai.APITimeoutError:
+            except TimeoutError:
                 said = f"no answer within {self.patience.timeout:g} s"
             except openai.APIConnectionError as error:
                 said = f"no connection ({self.redact(str(error.__cause__ or error))})"
