@@ -15,7 +15,7 @@ import pytest
 
 import loraweave as lw
 from loraweave.cli import contest, main
-from loraweave.evaluation.cells import CELLS
+from loraweave.evaluation.cells import CELLS, fingerprint
 
 COMPARE = "compare={sum: {}, mole: {}, lorahub: {evaluations: 3}, fresh_lora: {}}"
 SEEDS = "train.seeds=[0, 1]"
@@ -120,6 +120,56 @@ def test_a_changed_recipe_makes_what_it_changes_and_says_so(
     assert before.items() <= cells(whole).items(), "what was there stays, for the earlier recipe"
     assert main(command(recipe, whole)) == 0
     assert f"{EVERY} of {EVERY} cells are there already" in capsys.readouterr().err
+
+
+def test_cells_of_an_earlier_format_are_made_anew(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They lack what intervals are made of, and must not be mixed with others."""
+    out, few = tmp_path / "out", "compare=[sum]"
+    assert main([*command(recipe, out), few]) == 0
+    first = results(out)
+    for path in (out / CELLS).glob("*.json"):
+        cell = json.loads(path.read_text())
+        del cell["counts"], cell["process"], cell["key"]["format"]
+        cell |= {"format": 1, "fingerprint": fingerprint(cell["key"]), "scores": {"colour": 1.0, "size": 1.0}}
+        path.unlink()
+        (out / CELLS / f"{path.stem[:-16]}{cell['fingerprint'][:16]}.json").write_text(json.dumps(cell))
+    capsys.readouterr()
+    assert main([*command(recipe, out), few]) == 0
+    assert "4 cells of an earlier recipe are not used: they differ in format" in capsys.readouterr().err
+    assert results(out) == first
+    assert len(cells(out)) == 8
+
+
+IN_SENTENCES = """\
+base: zoo
+experts: [zoo:notice, zoo:polite]
+compare: [sum, linear]
+data:
+  tasks:
+    notice: {test: zoo:record/notice, metric: bleu}
+    polite: {test: zoo:record/polite, metric: bleu}
+  test_items: 5
+generation: {max_new_tokens: 24}
+"""
+
+
+def test_differences_are_those_of_the_scores_shown(tmp_path: Path) -> None:
+    """BLEU included, which is no mean of items."""
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    recipe.write_text(IN_SENTENCES)
+    assert main(["compare", str(recipe), "-o", str(out)]) == 0
+    found = json.loads((out / "results.json").read_text())
+    cell = json.loads(next((out / CELLS).glob("linear-*.json")).read_text())
+    assert [len(counts) for counts in cell["counts"]["notice"]] == [10] * 5
+    assert sum(cell["items"]["notice"]) / 5 != pytest.approx(cell["scores"]["notice"], abs=0.5)
+    for method, against in found["differences"].items():
+        kept = [found["retention"][name]["mean"] for name in (method, against["rival"])]
+        assert against["difference"] == pytest.approx(kept[0] - kept[1])
+        for task, in_points in against["tasks"].items():
+            shown = [found["scores"][name][task]["mean"] for name in (method, against["rival"])]
+            assert in_points["difference"] == pytest.approx(shown[0] - shown[1])
 
 
 def test_fresh_makes_all_anew(recipe: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from loraweave.errors import LoraweaveError
 from loraweave.evaluation.comparison import Run, single, summarise
-from loraweave.reporting.tables import results_table, to_markdown
+from loraweave.reporting.tables import results_table, summary_rows, to_markdown
 
 OWN = {"qa": 80.0, "nli": 50.0}
 
@@ -103,6 +103,49 @@ def test_names_are_not_markup() -> None:
     assert rows[2][0] == "[bold]"
     assert lines(results_table(found, layout="tasks"))[0][1] == "[bold]"
     assert "a\\|b" in to_markdown(found)
+
+
+def costly(evaluations: int = 0, seconds: float = 0.0) -> dict[str, Any]:
+    return {
+        "train_seconds": seconds,
+        "evaluations": evaluations,
+        "examples_seen": 0,
+        "seconds_per_item": 0.012,
+        "peak_memory_gb": 0.5,
+        "peak_gpu_memory_gb": None,
+    }
+
+
+def summarised(differences: dict[str, Any]) -> dict[str, Any]:
+    return results() | {
+        "costs": {"base": costly(), "sum": costly(), "mole": costly(100, 3.25)},
+        "differences": differences,
+    }
+
+
+def against(low: float, high: float, **more: Any) -> dict[str, Any]:
+    return {"rival": "sum", "difference": (low + high) / 2, "low": low, "high": high, **more}
+
+
+def test_summary_has_the_best_first_and_what_each_took() -> None:
+    rows = summary_rows(summarised({}))
+    assert rows == [
+        ["sum", "54.0", "0.855", "-", "-", "-", "12", "0.50"],
+        ["mole", "51.0", "0.795 ± 0.028", "-", "3.2", "100", "12", "0.50"],
+        ["base", "15.0", "0.225", "-", "-", "-", "12", "0.50"],
+    ]
+
+
+def test_a_star_is_for_what_is_clear_in_either_direction() -> None:
+    """And not for what rests on too few items, or was made before that was known."""
+    found = {
+        "sum": against(0.1, 0.3, clear=True),
+        "mole": against(-0.3, -0.1, clear=True),
+        "base": against(0.2, 0.4, clear=False),
+    }
+    shown = {row[0]: row[3] for row in summary_rows(summarised(found))}
+    assert shown == {"sum": "+0.20 [+0.10,+0.30]*", "mole": "-0.20 [-0.30,-0.10]*", "base": "+0.30 [+0.20,+0.40]"}
+    assert summary_rows(summarised({"sum": against(0.1, 0.3)}))[0][3] == "+0.20 [+0.10,+0.30]"
 
 
 @pytest.mark.parametrize("bad", [{}, {"scores": {}}, {"scores": {"sum": {"qa": {"mean": 1.0}}}}])

@@ -106,9 +106,9 @@ def _results(contest: Contest, cells: Sequence[Cell], seconds: float) -> dict[st
     runs = [Run(cell.method, cell.scores, cell.seed, cell.seconds) for cell in cells]
     # Cells that were made earlier or elsewhere took their time too.
     spent = max(seconds, sum(run.seconds for run in runs))
-    own = contest.own()
+    own, metrics = contest.own(), {name: test.metric for name, test in contest.tests.items()}
     extra = {
-        "metrics": {name: test.metric for name, test in contest.tests.items()},
+        "metrics": metrics,
         "items": {name: len(test.examples) for name, test in contest.tests.items()},
         "recipe": contest.recipe.to_dict(),
         "kept": contest.kept,
@@ -116,12 +116,13 @@ def _results(contest: Contest, cells: Sequence[Cell], seconds: float) -> dict[st
         "cells": [contest.cells.path(cell.method, cell.seed, cell.key).name for cell in cells],
     }
     results = summarise(runs, own, seconds=spent, extra=extra)
-    items: dict[str, list[Any]] = {}
+    answers: dict[str, list[Any]] = {}
     for cell in cells:
         if not cell.method.startswith(SINGLE):
-            items.setdefault(cell.method, []).append(cell.items)
+            answers.setdefault(cell.method, []).append(cell.answers())
     kept = {method: spread["mean"] for method, spread in results["retention"].items()}
-    return results | {"differences": against_best_rival(items, own, kept)}
+    yardsticks = {task: cell.answers()[task] for task, cell in contest.yardsticks().items()}
+    return results | {"differences": against_best_rival(answers, yardsticks, kept, metrics)}
 
 
 def _leave(contest: Contest, results: dict[str, Any], place: Path) -> None:

@@ -16,7 +16,7 @@ import loraweave as lw
 from loraweave.cli import building
 from loraweave.cli.processes import Process
 from loraweave.errors import LoraweaveError
-from loraweave.evaluation.cells import Cell, Cells, Cost, hash_base, hash_examples, hash_expert
+from loraweave.evaluation.cells import FORMAT, Cell, Cells, Cost, hash_base, hash_examples, hash_expert
 from loraweave.evaluation.comparison import retention, single
 from loraweave.evaluation.data import Example
 from loraweave.evaluation.environment import peak_memory
@@ -42,6 +42,7 @@ class Outcome:
 
     scores: Mapping[str, float]
     items: Mapping[str, Sequence[float]]
+    counts: Mapping[str, Sequence[Sequence[float]]]
     cost: Cost
     history: Sequence[Mapping[str, float]] = ()
     gates: Mapping[str, Tensor] = field(default_factory=dict)
@@ -128,14 +129,19 @@ class Contest:
         return [cell for job in self.jobs if (cell := self._found(job)) is not None]
 
     def own(self) -> dict[str, float]:
-        """What retention compares with: each task's own expert or, if no task is anybody's, the best expert there."""
-        alone = {cell.method: cell.scores for job in self.jobs if (cell := self._found(job)) is not None}
-        owners = {task: expert for task, expert in self.recipe.own_tasks().items() if task in self.tests}
-        own = {task: alone[single(expert)][task] for task, expert in owners.items()}
-        if not own:
-            own = {task: max(alone[single(e)][task] for e in self.experts) for task in self.tests}
+        """What retention compares with: each task's score in :meth:`yardsticks`."""
+        own = {task: cell.scores[task] for task, cell in self.yardsticks().items()}
         retention(own, own)
         return own
+
+    def yardsticks(self) -> dict[str, Cell]:
+        """Task -> the cell of its own expert or, if no task is anybody's, of the best expert there."""
+        alone = {cell.method: cell for job in self.jobs if (cell := self._found(job)) is not None}
+        owners = {task: expert for task, expert in self.recipe.own_tasks().items() if task in self.tests}
+        if owners:
+            return {task: alone[single(expert)] for task, expert in owners.items()}
+        singles = [alone[single(expert)] for expert in self.experts]
+        return {task: max(singles, key=lambda cell: cell.scores[task]) for task in self.tests}
 
     @torch.no_grad()
     def restore(self) -> lw.Mixture:
@@ -170,13 +176,24 @@ class Contest:
             cost = replace(
                 made.cost, peak_memory_gb=peak["peak_memory_gb"], peak_gpu_memory_gb=peak["peak_gpu_memory_gb"]
             )
-            cell = Cell(job.method, job.seed, job.key, made.scores, made.items, cost, made.history)
+            cell = Cell(
+                job.method,
+                job.seed,
+                job.key,
+                made.scores,
+                made.items,
+                cost,
+                made.history,
+                made.counts,
+                self.process.rank,
+            )
             # Gates of one seed only: for pictures, and to use the method afterwards.
             self.cells.save(cell, made.gates if job.seed == self.seeds[0] else {})
             return True
 
     def _list_jobs(self) -> Iterator[Job]:
         common = {
+            "format": FORMAT,
             "loraweave": lw.__version__,
             "base": hash_base(self.model),
             "device": self.model.device.type,
@@ -267,14 +284,17 @@ class Contest:
         answers = iter(found)
         scores: dict[str, float] = {}
         items: dict[str, list[float]] = {}
+        counts: dict[str, list[list[float]]] = {}
         for task, test in self.tests.items():
             metric = get_metric(test.metric)
             given, right = [next(answers) for _ in test.examples], [e.references for e in test.examples]
             items[task], scores[task] = metric.per_item(given, right), metric(given, right)
+            if (counted := metric.item_counts(given, right)) is not None:
+                counts[task] = counted
         if learned is None:
-            return Outcome(scores, items, Cost(score_seconds=scoring))
+            return Outcome(scores, items, counts, Cost(score_seconds=scoring))
         cost = Cost(seconds, learned.evaluations, learned.examples_seen, scoring)
-        return Outcome(scores, items, cost, learned.history)
+        return Outcome(scores, items, counts, cost, learned.history)
 
     @contextmanager
     def _detached(self) -> Iterator[None]:

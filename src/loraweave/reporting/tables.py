@@ -54,8 +54,9 @@ def summary_table(results: Mapping[str, Any], *, title: str | None = None) -> Ta
     """A table to print: methods as rows; mean score and retention, the difference to the best rival, and costs.
 
     Best first. ``score`` is the mean over tasks. The difference is in retention, with its 95 % interval; ``*`` where
-    that leaves out 0. Times are means over seeds: of training, and of answering one item; ``evals`` are optimizer
-    steps, or weightings that a search tried; memory is the process's with the model, on the GPU where one was used.
+    that leaves out 0 and rests on enough items. Times are means over seeds: of training, and of answering one item;
+    ``evals`` are optimizer steps, or weightings that a search tried; memory is the process's with the model, on the GPU
+    where one was used.
 
     Args:
         results: ``results.json``, with ``differences`` and ``costs``.
@@ -104,7 +105,8 @@ def _summary(results: Mapping[str, Any], method: str) -> list[str]:
 def _difference(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return "-"
-    clear = BEST if found["low"] > 0 or found["high"] < 0 else ""
+    # Intervals of earlier versions do not say whether they decide.
+    clear = BEST if found.get("clear") else ""
     return f"{found['difference']:+.2f} [{found['low']:+.2f},{found['high']:+.2f}]{clear}"
 
 
