@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -201,22 +202,62 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-@pytest.mark.slow
-def test_two_processes_share_the_work(whole: Path, recipe: Path, tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "loraweave"]
-    done = subprocess.run(
-        [*launch, *command(recipe, tmp_path / "out")],
+# Long enough for the second process to find something to do when it comes late.
+LONGER = ("train.steps=60", "train.seeds=[0, 1, 2, 3]")
+LAUNCHERS = {
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"],
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+}
+
+
+def shared(recipe: Path, out: Path, launcher: str, *program: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *LAUNCHERS[launcher], *program, *command(recipe, out, *LONGER)],
         env=environment(),
         capture_output=True,
         text=True,
         timeout=600,
         check=False,
     )
+
+
+@pytest.fixture(scope="module")
+def longer(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("longer") / "out"
+    assert main(command(world / "recipe.yaml", out, *LONGER)) == 0
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_share_the_work(longer: Path, recipe: Path, tmp_path: Path, launcher: str) -> None:
+    out = tmp_path / "out"
+    done = shared(recipe, out, launcher, "-m", "loraweave")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert results(tmp_path / "out") == results(whole)
-    assert set(cells(tmp_path / "out")) <= set(cells(whole))
-    assert len(cells(tmp_path / "out")) == EVERY
+    assert results(out) == results(longer)
+    assert set(cells(out)) == set(cells(longer))
+    makers = Counter(json.loads((out / CELLS / name).read_text())["process"] for name in cells(out))
+    assert set(makers) == {0, 1}, "one process did everything"
     assert done.stdout.count("ms/item") == 1, "one of them writes the table"
+
+
+BREAKS = """\
+import os, sys
+from loraweave.cli import contest, main
+if os.environ["RANK"] == "1":
+    contest.predict = None
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_process_that_fails_is_not_passed_over(recipe: Path, tmp_path: Path, launcher: str) -> None:
+    script = tmp_path / "breaks.py"
+    script.write_text(BREAKS)
+    done = shared(recipe, tmp_path / "out", launcher, str(script))
+    assert done.returncode != 0
+    assert "TypeError: 'NoneType' object is not callable" in done.stderr
 
 
 @pytest.mark.slow
