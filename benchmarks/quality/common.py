@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 import torch
 
-from loraweave.cli.contest import Contest, Job, Outcome
+from loraweave.cli.answering import Outcome, together
+from loraweave.cli.contest import Contest, Job
 from loraweave.cli.processes import Process
 from loraweave.evaluation.bootstrap import Answers, Resampled
 from loraweave.evaluation.cells import CELLS, Cell, Cells, Cost
@@ -138,19 +139,13 @@ class _Lean(Contest):
 
     def _owned(self) -> Outcome:
         self.mixture.policy = Sum()
-        everything, found = self.tests, []
-        try:
-            for task, expert in self._owners().items():
-                self.tests = {task: everything[task]}
-                with self.mixture.only(expert):
-                    found.append(self._score(f"{expert} alone"))
-        finally:
-            self.tests = everything
-        scores = {task: score for one in found for task, score in one.scores.items()}
-        retention(scores, scores)  # an own score of 0 is an error; better now than after all training
-        items = {task: each for one in found for task, each in one.items.items()}
-        counts = {task: each for one in found for task, each in one.counts.items()}
-        return Outcome(scores, items, counts, Cost(score_seconds=sum(one.cost.score_seconds for one in found)))
+        found = []
+        for task, expert in self._owners().items():
+            with self.mixture.only(expert):
+                found.append(self._score(f"{expert} alone", {task: self.tests[task]}))
+        made = together(found)
+        retention(made.scores, made.scores)  # an own score of 0 is an error; better now than after all training
+        return made
 
 
 def changed(recipe: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -205,7 +200,9 @@ def results(found: Measured, ours: Sequence[str] = ("mole",)) -> dict[str, Any]:
     """As ``results.json`` of ``loraweave compare``, with ``leads``: by how much ``ours`` are ahead of ``RIVALS``."""
     competing = [cell for cell in found.cells if cell.method != OWN]
     runs = [Run(cell.method, cell.scores, cell.seed, cell.seconds) for cell in competing]
+    per_task = list(dict.fromkeys(cell.method for cell in competing if cell.key.get("per_task")))
     extra = {"metrics": dict(found.metrics), "items": dict(found.items), "costs": costs(competing)}
+    extra["per_task"] = per_task
     made = summarise(runs, found.own, extra=extra)
     answers: dict[str, list[Any]] = {}
     for cell in competing:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import loraweave as lw
-from loraweave.cli import contest, main
+from loraweave.cli import answering, main
 from loraweave.evaluation.cells import CELLS, fingerprint
 
 COMPARE = "compare={sum: {}, mole: {}, lorahub: {evaluations: 3}, fresh_lora: {}}"
@@ -85,7 +85,7 @@ def test_what_was_cut_off_goes_on(
 ) -> None:
     """Interrupted while cell number ``after`` is scored."""
     out, asked = tmp_path / "out", 0
-    predict = contest.predict
+    predict = answering.predict
 
     def interrupted(*arguments: Any, **options: Any) -> list[str]:
         nonlocal asked
@@ -94,7 +94,7 @@ def test_what_was_cut_off_goes_on(
             raise KeyboardInterrupt
         return predict(*arguments, **options)
 
-    monkeypatch.setattr(contest, "predict", interrupted)
+    monkeypatch.setattr(answering, "predict", interrupted)
     assert main(command(recipe, out)) == 130
     assert not (out / "results.json").exists()
     kept = cells(out)
@@ -243,9 +243,9 @@ def test_two_processes_share_the_work(longer: Path, recipe: Path, tmp_path: Path
 
 BREAKS = """\
 import os, sys
-from loraweave.cli import contest, main
+from loraweave.cli import answering, main
 if os.environ["RANK"] == "1":
-    contest.predict = None
+    answering.predict = None
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -169,7 +169,7 @@ def test_unequal_factors_are_refused() -> None:
     ("options", "message"),
     [
         ({"evaluations": 0}, "lorahub evaluations: expected a whole number of at least 1, got 0"),
-        ({"space": "deltas"}, "unknown search space 'deltas'; did you mean 'delta'"),
+        ({"space": "deltas"}, "unknown lorahub space 'deltas'; did you mean 'delta'"),
         ({"optimizer": "cma"}, "unknown lorahub optimizer 'cma'; did you mean 'cmaes'"),
         ({"bound": 0}, "lorahub bound"),
         ({"l1": -0.1}, "lorahub l1"),

@@ -18,7 +18,7 @@ from loraweave.cli.processes import Process
 from loraweave.errors import LoraweaveError
 from loraweave.evaluation.bootstrap import against_best_rival
 from loraweave.evaluation.cells import CELLS, Cell, Cells
-from loraweave.evaluation.comparison import SINGLE, Run, costs, summarise
+from loraweave.evaluation.comparison import SINGLE, Run, costs, largest_weights, summarise
 from loraweave.files import check_replaceable, write_json_atomic
 from loraweave.recipe import Recipe
 from loraweave.reporting.plots import heat_maps
@@ -39,9 +39,9 @@ def compare(
     ``out/cells`` gets a JSON file for each method and seed as soon as it is done; those that are there from the same
     recipe are not made again, and several processes may share the work. At the end the main process writes
     ``results.json`` (see :func:`loraweave.evaluation.comparison.summarise`; and ``differences``, see
-    :func:`~loraweave.evaluation.bootstrap.against_best_rival`, and ``costs``), and of the first method that trains
-    gates, as it was after the first seed, ``weights.json`` and ``weights.png`` (its weights on each task) and the
-    ``mixture``.
+    :func:`~loraweave.evaluation.bootstrap.against_best_rival`, ``costs`` and ``largest_weight``, see there, and
+    ``per_task``, the methods that learned anew for each task), and of the first method that trains gates, as it was
+    after the first seed, ``weights.json`` and ``weights.png`` (its weights on each task) and the ``mixture``.
 
     Args:
         recipe: what to compare.
@@ -112,7 +112,9 @@ def _results(contest: Contest, cells: Sequence[Cell], seconds: float) -> dict[st
         "items": {name: len(test.examples) for name, test in contest.tests.items()},
         "recipe": contest.recipe.to_dict(),
         "kept": contest.kept,
+        "per_task": [label for label, contender in contest.contenders.items() if contender.per_task],
         "costs": costs(cells),
+        "largest_weight": largest_weights(cells),
         "cells": [contest.cells.path(cell.method, cell.seed, cell.key).name for cell in cells],
     }
     results = summarise(runs, own, seconds=spent, extra=extra)

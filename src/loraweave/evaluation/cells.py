@@ -61,6 +61,7 @@ class Cell:
         history: the training log, if it trained: losses, ``entropy/SITE``, ``load/EXPERT`` by step.
         counts: task -> for each test item, of what its metric's score is made, where that is not the mean of ``items``
             (:attr:`loraweave.evaluation.metrics.Metric.counts`).
+        weights: task -> what a learned mixture gives to each expert, in the mean over gate sites and some inputs.
         process: rank of the process that made it, where several shared the work.
     """
 
@@ -72,6 +73,7 @@ class Cell:
     cost: Cost = Cost()
     history: Sequence[Mapping[str, float]] = field(default=(), repr=False)
     counts: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict, repr=False)
+    weights: Mapping[str, Mapping[str, float]] = field(default_factory=dict, repr=False)
     process: int = 0
 
     def answers(self) -> dict[str, Answers]:
@@ -100,7 +102,7 @@ class Cells:
         if not path.exists():
             return None
         found = _read(path)
-        rest = {name: found[name] for name in ("scores", "items", "history", "counts", "process")}
+        rest = {name: found[name] for name in ("scores", "items", "history", "counts", "weights", "process")}
         return Cell(method, seed, key, cost=Cost(**found["cost"]), **rest)
 
     def save(self, cell: Cell, gates: Mapping[str, Tensor] | None = None) -> None:
@@ -230,7 +232,7 @@ def _read(path: Path, *, of_any_format: bool = False) -> dict[str, Any]:
         raise LoraweaveError(f"{path}: not a cell of a comparison ({error}); remove it and run again") from error
     needed = ["format", "fingerprint", "key"]
     if not of_any_format:
-        needed += ["scores", "items", "cost", "history", "counts", "process"]
+        needed += ["scores", "items", "cost", "history", "counts", "weights", "process"]
     lacking = [name for name in needed if not isinstance(found, dict) or name not in found]
     other = not lacking and not of_any_format and found["format"] != FORMAT
     if lacking or other or found["fingerprint"] != fingerprint(found["key"]):

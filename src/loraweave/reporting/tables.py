@@ -66,6 +66,7 @@ def summary_table(results: Mapping[str, Any], *, title: str | None = None) -> Ta
         LoraweaveError: ``results`` is from an earlier version and lacks them.
     """
     table = _empty("method", SUMMARY, title)
+    table.caption, table.caption_justify = _note(results), "left"
     # Narrow gaps, so that intervals have room in 80 columns.
     table.padding = (0, 0, 0, 0)
     table.columns[3].min_width = 15
@@ -95,7 +96,7 @@ def _summary(results: Mapping[str, Any], method: str) -> list[str]:
         f"{sum(spread['mean'] for spread in scores.values()) / len(scores):.1f}",
         f"{kept['mean']:.3f}" + (f" ± {kept['std']:.3f}" if len(kept["per_seed"]) > 1 else ""),
         _difference(results["differences"].get(method)),
-        f"{cost['train_seconds']:.1f}" if cost["evaluations"] else "-",
+        f"{cost['train_seconds']:.1f}" if cost["train_seconds"] else "-",
         f"{cost['evaluations']:.0f}" if cost["evaluations"] else "-",
         f"{1000 * cost['seconds_per_item']:.0f}",
         "-" if memory is None else f"{memory:.2f}",
@@ -127,7 +128,13 @@ def to_markdown(results: Mapping[str, Any], *, deviations: bool = True) -> str:
         texts = (cell.value + (cell.deviation if deviations or n == last else "") for n, cell in enumerate(row.cells))
         marked = (f"**{text}**" if cell.best else text for text, cell in zip(texts, row.cells, strict=True))
         lines.append([_escaped(row.name), *marked])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    note = _note(results)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + ("" if note is None else f"\n{_escaped(note)}\n")
+
+
+def _note(results: Mapping[str, Any]) -> str | None:
+    alone = results.get("per_task")
+    return f"Learned anew for each task, from its examples alone: {', '.join(alone)}." if alone else None
 
 
 @dataclass(frozen=True)
