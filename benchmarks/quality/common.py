@@ -38,6 +38,8 @@ RIVALS = {"nla": 2.0, "lorahub": 2.0, "pem": 3.0}
 
 STRENGTHS = [0.1, 0.2, 0.4, 1.0]
 GENERATION = {"max_new_tokens": 64, "batch_size": 64}
+LORAHUB_PER_TASK = {"name": "lorahub", "examples": 5, "per_task": True}
+"""As published: a search for each task, on five of its examples; it is told which task it will be asked."""
 PAPER = {"name": "mole", "evidence": "outputs", "normalization": "l2", "gate_form": "full", "balance": 0.5}
 
 

@@ -145,7 +145,24 @@ def test_the_page_says_what_the_files_say(tmp_path: Path, capsys: pytest.Capture
     ]
     assert {"all experts alike", "mean over sites, run 1", "block.1"} == set(titles)
     best = [a for t, a in Reader(page).tags if t == "td" and "best" in str(a.get("class"))]
-    assert len(best) == 2
+    assert not best, "of two items nobody is best"
+    assert not [a for t, a in Reader(page).tags if t == "span" and str(a.get("class")).endswith((" up", " down"))]
+
+
+def test_the_best_and_what_is_sure_where_there_are_enough_items(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run")
+    found = json.loads((run / "results.json").read_text())
+    found["items"], found["per_task"] = {"qa": 6, "nli": 5}, ["mole"]
+    found["differences"]["mole"]["clear"] = True
+    (run / "results.json").write_text(json.dumps(found))
+    page = render(run)
+    tags = Reader(page).tags
+    # Of qa alone: mole.
+    assert len([a for t, a in tags if t == "td" and "best" in str(a.get("class"))]) == 1
+    assert [a["class"] for t, a in tags if t == "span" and str(a.get("class")).startswith("interval ")] == [
+        "interval up"
+    ]
+    assert "Learned anew for each task, from its examples alone: mole." in Reader(page).text
 
 
 def test_names_are_never_markup(tmp_path: Path) -> None:

@@ -148,6 +148,28 @@ def test_a_star_is_for_what_is_clear_in_either_direction() -> None:
     assert summary_rows(summarised({"sum": against(0.1, 0.3)}))[0][3] == "+0.20 [+0.10,+0.30]"
 
 
+def test_what_takes_time_but_no_evaluations_says_so() -> None:
+    """Merging learns nothing at one strength, and yet it is not free."""
+    found = summarised({})
+    found["costs"]["sum"] = {**costly(), "train_seconds": 7.04}
+    assert summary_rows(found)[0][4:6] == ["7.0", "-"]
+
+
+def test_who_is_best_of_a_few_items_is_not_marked() -> None:
+    found = results() | {"items": {"qa": 5, "nli": 6}}
+    rows = {row[0]: row[1:] for row in lines(results_table(found, layout="methods"))}
+    assert rows["sum"] == ["60.0", "48.0*", "0.855*"]
+    assert "| sum | 60.0 | **48.0** | **0.855** |" in to_markdown(found)
+    rows = {row[0]: row[1:] for row in lines(results_table(found | {"items": {"qa": 2, "nli": 3}}, layout="methods"))}
+    assert rows["sum"] == ["60.0", "48.0", "0.855"]
+
+
+def test_what_was_learned_per_task_is_told_below() -> None:
+    said = "Learned anew for each task, from its examples alone: mole."
+    assert to_markdown(results() | {"per_task": ["mole"]}).endswith(f"\n\n{said}\n")
+    assert "Learned" not in to_markdown(results() | {"per_task": []})
+
+
 @pytest.mark.parametrize("bad", [{}, {"scores": {}}, {"scores": {"sum": {"qa": {"mean": 1.0}}}}])
 def test_other_files_are_refused(bad: dict[str, Any]) -> None:
     for call in (results_table, to_markdown):

@@ -114,6 +114,8 @@ class Recipe(Part):
         for name in self.testbed.elements if self.testbed is not None else ():
             if name not in self.names:
                 raise LoraweaveError(f"testbed.elements: {unknown('expert', name, self.names)}")
+        if self.published is not None:
+            self.published.check(self.data.by_task())
         if self.images is not None:
             self.images.check(self.names, self.train, data=bool(self.data.by_task()))
         return self

@@ -17,7 +17,7 @@ from loraweave.evaluation.comparison import SINGLE
 from loraweave.files import write_text_atomic
 from loraweave.reporting.charts import Line, line_chart
 from loraweave.reporting.plots import short_names
-from loraweave.reporting.tables import SUMMARY, summary_rows
+from loraweave.reporting.tables import SUMMARY, enough, note, summary_rows
 
 PAGE = "report.html"
 _COLOURS = 8
@@ -121,6 +121,7 @@ def _comparison(folder: Path, results: Mapping[str, Any]) -> dict[str, Any]:
         "experts": len(recipe["experts"]) + len(recipe.get("merged") or {}),
         "facts": _facts(results),
         "summary": _summary(results),
+        "note": note(results),
         "tasks": list(results["metrics"]),
         "scores": shown,
         "hidden": len(scores) - len(shown),
@@ -157,7 +158,7 @@ def _summary(results: Mapping[str, Any]) -> dict[str, Any]:
         method: {"rival": d["rival"], **{name: place(d[name]) for name in ("low", "difference", "high")}}
         for method, d in found.items()
     }
-    sure = {method: d["low"] > 0 or d["high"] < 0 for method, d in found.items()}
+    sure = {method: bool(d.get("clear")) for method, d in found.items()}
     return {"head": SUMMARY, "rows": summary_rows(results), "marks": marks, "sure": sure}
 
 
@@ -172,7 +173,7 @@ def _scores(results: Mapping[str, Any]) -> list[dict[str, Any]]:
             best = max(round(scores[m][task]["mean"], 1) for m in competing)
             mean = scores[method][task]["mean"]
             spread = scores[method][task]["std"] if len(scores[method][task]["per_seed"]) > 1 else None
-            mark = method in competing and len(competing) > 1 and round(mean, 1) == best
+            mark = method in competing and len(competing) > 1 and round(mean, 1) == best and enough(results, task)
             cells.append(
                 {"mean": f"{mean:.1f}", "std": None if spread is None else f"{spread:.1f}", "best": mark, "share": mean}
             )

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loraweave.errors import LoraweaveError
+from loraweave.evaluation.bootstrap import DECISIVE
 from loraweave.evaluation.comparison import SINGLE
 
 Layout = Literal["auto", "methods", "tasks"]
@@ -25,7 +26,8 @@ def results_table(
 ) -> Table:
     """A table to print: methods as rows, tasks and retention as columns.
 
-    The best value of a column is marked ``*`` (and bold), ties all of them. Single experts (``only:NAME``) stand apart
+    The best value of a column is marked ``*`` (and bold), ties all of them; not where fewer than six items were asked,
+    of which chance may decide. Single experts (``only:NAME``) stand apart
     below and do not compete: each wins its own task by nature. The last row is the yardstick of retention, each
     expert's score on its own task.
 
@@ -66,7 +68,7 @@ def summary_table(results: Mapping[str, Any], *, title: str | None = None) -> Ta
         LoraweaveError: ``results`` is from an earlier version and lacks them.
     """
     table = _empty("method", SUMMARY, title)
-    table.caption, table.caption_justify = _note(results), "left"
+    table.caption, table.caption_justify = note(results), "left"
     # Narrow gaps, so that intervals have room in 80 columns.
     table.padding = (0, 0, 0, 0)
     table.columns[3].min_width = 15
@@ -128,11 +130,19 @@ def to_markdown(results: Mapping[str, Any], *, deviations: bool = True) -> str:
         texts = (cell.value + (cell.deviation if deviations or n == last else "") for n, cell in enumerate(row.cells))
         marked = (f"**{text}**" if cell.best else text for text, cell in zip(texts, row.cells, strict=True))
         lines.append([_escaped(row.name), *marked])
-    note = _note(results)
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + ("" if note is None else f"\n{_escaped(note)}\n")
+    said = note(results)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + ("" if said is None else f"\n{_escaped(said)}\n")
 
 
-def _note(results: Mapping[str, Any]) -> str | None:
+def enough(results: Mapping[str, Any], task: str | None = None) -> bool:
+    """Whether so many items were asked, of a task or of all, that it means something to be the best."""
+    items = results.get("items") or {}
+    asked = sum(items.values()) if task is None else items.get(task, DECISIVE)
+    return not items or asked >= DECISIVE
+
+
+def note(results: Mapping[str, Any]) -> str | None:
+    """What a reader of the tables must know of some methods."""
     alone = results.get("per_task")
     return f"Learned anew for each task, from its examples alone: {', '.join(alone)}." if alone else None
 
@@ -170,8 +180,8 @@ def _rows(results: Mapping[str, Any]) -> list[_Row]:
     rows = []
     for method in sorted(scores, key=lambda method: method not in competing):
         rivals = competing if method in competing and len(competing) > 1 else []
-        cells = [_cell(scores[method][task], [scores[m][task] for m in rivals], 1) for task in tasks]
-        cells.append(_cell(retention[method], [retention[m] for m in rivals], 3))
+        cells = [_cell(scores[method][t], [scores[m][t] for m in rivals if enough(results, t)], 1) for t in tasks]
+        cells.append(_cell(retention[method], [retention[m] for m in rivals if enough(results)], 3))
         rows.append(_Row(method, int(method not in competing), cells, retention[method]["mean"]))
     own = results.get("own")
     if own:
