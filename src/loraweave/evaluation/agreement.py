@@ -163,12 +163,15 @@ def _columns(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray[Any, An
 
 
 def _direction(column: np.ndarray[Any, Any]) -> Any:
-    """Deviations from the mean, of length 1; divided by the largest before they are squared or summed, as the sum of
-    1e308 and 1e308, or the square of 1e-200, is out of the range of floats."""
-    column = column / np.abs(column).max()
-    column = column - column.mean()
-    column = column / np.abs(column).max()
-    return column / np.linalg.norm(column)
+    """Deviations from the mean, of length 1."""
+    centred = _near_one(column) - _near_one(column).mean()
+    return _near_one(centred) / np.linalg.norm(_near_one(centred))
+
+
+def _near_one(column: np.ndarray[Any, Any]) -> Any:
+    """Times a power of two, which rounds nothing: sums of 1e308 and squares of 1e-200 leave the range of floats."""
+    _, exponent = np.frexp(np.abs(column).max())
+    return np.ldexp(column, -exponent)
 
 
 def _bounded(value: float) -> float:
