@@ -112,3 +112,12 @@ def test_retention_divides_by_the_tasks_own_expert_and_not_by_the_best(
     found = json.loads((out / "results.json").read_text())
     assert found["own"] == {"mixed": 25.0}
     assert found["retention"]["only:colour"]["mean"] == 3.0
+
+
+def test_examples_seen_count_those_of_every_accumulated_batch(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["compare", str(recipe), "-o", str(out), "compare=[mole, fresh_lora]"]
+    assert main([*command, "train.gradient_accumulation_steps=2"]) == 0
+    costs = json.loads((out / "results.json").read_text())["costs"]
+    # 3 steps of 2 batches of 4.
+    assert [costs[method]["examples_seen"] for method in ("mole", "fresh_lora")] == [24, 24]
