@@ -279,6 +279,26 @@ def test_refusals_come_before_anything_is_made(
     assert not (out / CELLS).exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        (["data={tasks: {size: {test: size.jsonl}}}"], "names no training data"),
+        (["train.seeds=[0, 4294967296]"], "train.seeds: expected different numbers of 0 to 4294967295"),
+        (["train.seed=4294967296"], "train.seed: "),
+        (["compare={sum: {}, mole: {scal: 2}}"], "'scal'"),
+        (["compare={sum: {}, mole: {train: {stepps: 2}}}"], "'?stepps"),
+        (["data.tasks.size.train=none.jsonl"], "none.jsonl"),
+    ],
+)
+def test_so_do_missing_data_bad_seeds_and_unknown_options(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: list[str], why: str
+) -> None:
+    out = tmp_path / "out"
+    assert main(["compare", str(recipe), "-o", str(out), "compare=[sum, mole]", *changes]) == 2
+    assert re.search(why, capsys.readouterr().err)
+    assert not (out / CELLS).exists()
+
+
 def test_equal_ranks_are_not_refused(recipe: Path, tmp_path: Path) -> None:
     results = compare(recipe, tmp_path / "out", f"{{pem: {FACTORS}}}")
     assert results["costs"]["pem"]["evaluations"] == 0
