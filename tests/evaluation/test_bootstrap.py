@@ -188,6 +188,9 @@ def test_a_handful_of_items_decides_nothing() -> None:
         assert found["items"] == items
         assert found["low"] > 0
         assert found["clear"] is clear
+        behind = against_best_rival(answers, {"qa": 100.0}, {"a": 0.2, "b": 0.0})["b"]
+        assert behind["high"] < 0
+        assert behind["clear"] is clear, "who is behind is so as surely"
     many = {"a": [{"qa": [100.0, 0.0] * 20}], "b": [{"qa": [0.0, 100.0] * 20}]}
     assert not against_best_rival(many, {"qa": 100.0}, {"a": 0.5, "b": 0.5})["a"]["clear"], "0 is inside"
 
