@@ -17,9 +17,10 @@ from typing import Any, Literal
 
 import torch
 
-from loraweave.cli.contest import Contest, Job, Outcome
+from loraweave.cli.answering import Outcome, together
+from loraweave.cli.contest import Contest, Job
 from loraweave.cli.processes import Process
-from loraweave.evaluation.bootstrap import against_best_rival
+from loraweave.evaluation.bootstrap import Answers, Resampled
 from loraweave.evaluation.cells import CELLS, Cell, Cells, Cost
 from loraweave.evaluation.comparison import SINGLE, Run, costs, retention, summarise
 from loraweave.files import write_json_atomic, write_text_atomic
@@ -37,6 +38,8 @@ RIVALS = {"nla": 2.0, "lorahub": 2.0, "pem": 3.0}
 
 STRENGTHS = [0.1, 0.2, 0.4, 1.0]
 GENERATION = {"max_new_tokens": 64, "batch_size": 64}
+LORAHUB_PER_TASK = {"name": "lorahub", "examples": 5, "per_task": True}
+"""As published: a search for each task, on five of its examples; it is told which task it will be asked."""
 PAPER = {"name": "mole", "evidence": "outputs", "normalization": "l2", "gate_form": "full", "balance": 0.5}
 
 
@@ -102,12 +105,14 @@ class Measured:
     Attributes:
         cells: each method with each seed.
         own: task -> what its own expert scores, or 100 where a task is nobody's.
+        answers: task -> what its own expert answered, item by item, or 100.
         metrics: task -> metric.
         items: task -> how many were asked.
     """
 
     cells: Sequence[Cell]
     own: Mapping[str, float]
+    answers: Mapping[str, Answers | float]
     metrics: Mapping[str, str]
     items: Mapping[str, int]
 
@@ -125,26 +130,24 @@ class _Lean(Contest):
         yield from (job for job in jobs if not job.method.startswith(SINGLE))
 
     def own(self) -> dict[str, float]:
+        return dict.fromkeys(self.tests, 100.0) | {task: cell.scores[task] for task, cell in self.yardsticks().items()}
+
+    def yardsticks(self) -> dict[str, Cell]:
         cells = [cell for job in self.jobs if job.method == OWN and (cell := self._found(job)) is not None]
-        return dict.fromkeys(self.tests, 100.0) | (dict(cells[0].scores) if cells else {})
+        return {task: cell for cell in cells for task in cell.scores}
 
     def _owners(self) -> dict[str, str]:
         return {task: expert for task, expert in self.recipe.own_tasks().items() if task in self.tests}
 
     def _owned(self) -> Outcome:
         self.mixture.policy = Sum()
-        everything, found = self.tests, []
-        try:
-            for task, expert in self._owners().items():
-                self.tests = {task: everything[task]}
-                with self.mixture.only(expert):
-                    found.append(self._score(f"{expert} alone"))
-        finally:
-            self.tests = everything
-        scores = {task: score for one in found for task, score in one.scores.items()}
-        retention(scores, scores)  # an own score of 0 is an error; better now than after all training
-        items = {task: each for one in found for task, each in one.items.items()}
-        return Outcome(scores, items, Cost(score_seconds=sum(one.cost.score_seconds for one in found)))
+        found = []
+        for task, expert in self._owners().items():
+            with self.mixture.only(expert):
+                found.append(self._score(f"{expert} alone", {task: self.tests[task]}))
+        made = together(found)
+        retention(made.scores, made.scores)  # an own score of 0 is an error; better now than after all training
+        return made
 
 
 def changed(recipe: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -161,7 +164,9 @@ def measure(recipe: Mapping[str, Any], out: Path) -> Measured:
     cells = contest.work()
     assert cells is not None
     metrics = {name: test.metric for name, test in contest.tests.items()}
-    return Measured(cells, contest.own(), metrics, {n: len(test.examples) for n, test in contest.tests.items()})
+    yardsticks = {task: cell.answers()[task] for task, cell in contest.yardsticks().items()}
+    answers = {**dict.fromkeys(metrics, 100.0), **yardsticks}
+    return Measured(cells, contest.own(), answers, metrics, {n: len(t.examples) for n, t in contest.tests.items()})
 
 
 def joined(parts: Sequence[Measured]) -> Measured:
@@ -175,7 +180,7 @@ def joined(parts: Sequence[Measured]) -> Measured:
     def merge(field: str) -> dict[str, Any]:
         return {task: value for part in parts for task, value in getattr(part, field).items()}
 
-    return Measured(list(cells.values()), merge("own"), merge("metrics"), merge("items"))
+    return Measured(list(cells.values()), merge("own"), merge("answers"), merge("metrics"), merge("items"))
 
 
 def _both(a: Cell, b: Cell) -> Cell:
@@ -186,7 +191,8 @@ def _both(a: Cell, b: Cell) -> Cell:
         a.cost.score_seconds + b.cost.score_seconds,
         max(filter(None, (a.cost.peak_memory_gb, b.cost.peak_memory_gb)), default=None),
     )
-    return replace(a, scores={**a.scores, **b.scores}, items={**a.items, **b.items}, cost=cost, history=())
+    both = {name: {**getattr(a, name), **getattr(b, name)} for name in ("scores", "items", "counts")}
+    return replace(a, cost=cost, history=(), **both)
 
 
 # ---------------------------------------------------------------- results
@@ -196,23 +202,26 @@ def results(found: Measured, ours: Sequence[str] = ("mole",)) -> dict[str, Any]:
     """As ``results.json`` of ``loraweave compare``, with ``leads``: by how much ``ours`` are ahead of ``RIVALS``."""
     competing = [cell for cell in found.cells if cell.method != OWN]
     runs = [Run(cell.method, cell.scores, cell.seed, cell.seconds) for cell in competing]
+    per_task = list(dict.fromkeys(cell.method for cell in competing if cell.key.get("per_task")))
     extra = {"metrics": dict(found.metrics), "items": dict(found.items), "costs": costs(competing)}
+    extra["per_task"] = per_task
     made = summarise(runs, found.own, extra=extra)
-    items: dict[str, list[Any]] = {}
+    answers: dict[str, list[Any]] = {}
     for cell in competing:
-        items.setdefault(cell.method, []).append(cell.items)
+        answers.setdefault(cell.method, []).append(cell.answers())
     kept = {method: spread["mean"] for method, spread in made["retention"].items()}
+    drawn = Resampled(answers, found.answers, found.metrics)
     leads = {
         method: {
-            rival: {key: one[method][key] for key in ("difference", "low", "high")}
+            rival: {key: one[key] for key in ("difference", "low", "high")}
             for rival in RIVALS
-            if rival in items
-            for one in [against_best_rival({m: items[m] for m in (method, rival)}, found.own, kept)]
+            if rival in answers
+            for one in [drawn.difference(method, rival)]
         }
         for method in ours
-        if method in items
+        if method in answers
     }
-    return made | {"differences": against_best_rival(items, found.own, kept), "leads": leads}
+    return made | {"differences": drawn.against_best(kept), "leads": leads}
 
 
 def markdown(made: Mapping[str, Any], title: str) -> str:

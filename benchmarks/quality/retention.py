@@ -22,6 +22,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "sum": {},
     "nla": {"name": "linear"},
     "lorahub": {},
+    "lorahub_per_task": common.LORAHUB_PER_TASK,
     "pem": common.merged("concat"),
     "ties": common.merged("ties"),
     "dare_ties": common.merged("dare_ties"),

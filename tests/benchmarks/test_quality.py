@@ -230,7 +230,7 @@ def measured(task: str, scores: dict[str, list[float]]) -> common.Measured:
         for method, seeds in scores.items()
         for seed, score in enumerate(seeds)
     ]
-    return common.Measured(cells, {task: 100.0}, {task: "exact_match"}, {task: 2})
+    return common.Measured(cells, {task: 100.0}, {task: 100.0}, {task: "exact_match"}, {task: 2})
 
 
 def test_comparisons_are_joined_and_leads_are_differences() -> None:

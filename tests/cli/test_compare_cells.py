@@ -8,14 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import loraweave as lw
-from loraweave.cli import contest, main
-from loraweave.evaluation.cells import CELLS
+from loraweave.cli import answering, main
+from loraweave.evaluation.cells import CELLS, fingerprint
 
 COMPARE = "compare={sum: {}, mole: {}, lorahub: {evaluations: 3}, fresh_lora: {}}"
 SEEDS = "train.seeds=[0, 1]"
@@ -81,7 +82,7 @@ def test_what_was_cut_off_goes_on(
 ) -> None:
     """Interrupted while cell number ``after`` is scored."""
     out, asked = tmp_path / "out", 0
-    predict = contest.predict
+    predict = answering.predict
 
     def interrupted(*arguments: Any, **options: Any) -> list[str]:
         nonlocal asked
@@ -90,7 +91,7 @@ def test_what_was_cut_off_goes_on(
             raise KeyboardInterrupt
         return predict(*arguments, **options)
 
-    monkeypatch.setattr(contest, "predict", interrupted)
+    monkeypatch.setattr(answering, "predict", interrupted)
     assert main(command(recipe, out)) == 130
     assert not (out / "results.json").exists()
     kept = cells(out)
@@ -117,6 +118,56 @@ def test_a_changed_recipe_makes_what_it_changes_and_says_so(
     assert before.items() <= cells(whole).items(), "what was there stays, for the earlier recipe"
     assert main(command(recipe, whole)) == 0
     assert f"{EVERY} of {EVERY} cells are there already" in capsys.readouterr().err
+
+
+def test_cells_of_an_earlier_format_are_made_anew(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They lack what intervals are made of, and must not be mixed with others."""
+    out, few = tmp_path / "out", "compare=[sum]"
+    assert main([*command(recipe, out), few]) == 0
+    first = results(out)
+    for path in (out / CELLS).glob("*.json"):
+        cell = json.loads(path.read_text())
+        del cell["counts"], cell["process"], cell["key"]["format"]
+        cell |= {"format": 1, "fingerprint": fingerprint(cell["key"]), "scores": {"colour": 1.0, "size": 1.0}}
+        path.unlink()
+        (out / CELLS / f"{path.stem[:-16]}{cell['fingerprint'][:16]}.json").write_text(json.dumps(cell))
+    capsys.readouterr()
+    assert main([*command(recipe, out), few]) == 0
+    assert "4 cells of an earlier recipe are not used: they differ in format" in capsys.readouterr().err
+    assert results(out) == first
+    assert len(cells(out)) == 8
+
+
+IN_SENTENCES = """\
+base: zoo
+experts: [zoo:notice, zoo:polite]
+compare: [sum, linear]
+data:
+  tasks:
+    notice: {test: zoo:record/notice, metric: bleu}
+    polite: {test: zoo:record/polite, metric: bleu}
+  test_items: 5
+generation: {max_new_tokens: 24}
+"""
+
+
+def test_differences_are_those_of_the_scores_shown(tmp_path: Path) -> None:
+    """BLEU included, which is no mean of items."""
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    recipe.write_text(IN_SENTENCES)
+    assert main(["compare", str(recipe), "-o", str(out)]) == 0
+    found = json.loads((out / "results.json").read_text())
+    cell = json.loads(next((out / CELLS).glob("linear-*.json")).read_text())
+    assert [len(counts) for counts in cell["counts"]["notice"]] == [10] * 5
+    assert sum(cell["items"]["notice"]) / 5 != pytest.approx(cell["scores"]["notice"], abs=0.5)
+    for method, against in found["differences"].items():
+        kept = [found["retention"][name]["mean"] for name in (method, against["rival"])]
+        assert against["difference"] == pytest.approx(kept[0] - kept[1])
+        for task, in_points in against["tasks"].items():
+            shown = [found["scores"][name][task]["mean"] for name in (method, against["rival"])]
+            assert in_points["difference"] == pytest.approx(shown[0] - shown[1])
 
 
 def test_fresh_makes_all_anew(recipe: Path, tmp_path: Path) -> None:
@@ -148,22 +199,62 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-@pytest.mark.slow
-def test_two_processes_share_the_work(whole: Path, recipe: Path, tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "loraweave"]
-    done = subprocess.run(
-        [*launch, *command(recipe, tmp_path / "out")],
+# Long enough for the second process to find something to do when it comes late.
+LONGER = ("train.steps=60", "train.seeds=[0, 1, 2, 3]")
+LAUNCHERS = {
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"],
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+}
+
+
+def shared(recipe: Path, out: Path, launcher: str, *program: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *LAUNCHERS[launcher], *program, *command(recipe, out, *LONGER)],
         env=environment(),
         capture_output=True,
         text=True,
         timeout=600,
         check=False,
     )
+
+
+@pytest.fixture(scope="module")
+def longer(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("longer") / "out"
+    assert main(command(world / "recipe.yaml", out, *LONGER)) == 0
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_share_the_work(longer: Path, recipe: Path, tmp_path: Path, launcher: str) -> None:
+    out = tmp_path / "out"
+    done = shared(recipe, out, launcher, "-m", "loraweave")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert results(tmp_path / "out") == results(whole)
-    assert set(cells(tmp_path / "out")) <= set(cells(whole))
-    assert len(cells(tmp_path / "out")) == EVERY
+    assert results(out) == results(longer)
+    assert set(cells(out)) == set(cells(longer))
+    makers = Counter(json.loads((out / CELLS / name).read_text())["process"] for name in cells(out))
+    assert set(makers) == {0, 1}, "one process did everything"
     assert done.stdout.count("ms/item") == 1, "one of them writes the table"
+
+
+BREAKS = """\
+import os, sys
+from loraweave.cli import answering, main
+if os.environ["RANK"] == "1":
+    answering.predict = None
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_process_that_fails_is_not_passed_over(recipe: Path, tmp_path: Path, launcher: str) -> None:
+    script = tmp_path / "breaks.py"
+    script.write_text(BREAKS)
+    done = shared(recipe, tmp_path / "out", launcher, str(script))
+    assert done.returncode != 0
+    assert "TypeError: 'NoneType' object is not callable" in done.stderr
 
 
 @pytest.mark.slow

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+import loraweave as lw
 from loraweave.cli.processes import Process, alone
 
 STARTED = {
@@ -29,12 +33,30 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-def test_alone_nothing_changes() -> None:
+def test_alone_nothing_changes(capsys: pytest.CaptureFixture[str]) -> None:
     before = dict(os.environ)
     process = alone()
     assert process == Process(0, 1)
     assert process.main
     assert os.environ == before
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("asked", "lines"), [(1, 0), (2, 1)])
+def test_one_process_where_several_were_wanted_is_said(asked: int, lines: int) -> None:
+    """By accelerate's own launcher, which starts one where there are no several GPUs."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(asked)]
+    say = "from loraweave.cli.processes import alone; print(alone())"
+    done = subprocess.run(
+        [*launch, "--no_python", sys.executable, "-c", say],
+        env=os.environ | {"PYTHONPATH": str(Path(lw.__file__).parents[1]), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    assert done.stdout == "Process(rank=0, count=1)\n"
+    assert done.stderr.count("accelerate was asked for several processes and started one") == lines
 
 
 @pytest.mark.parametrize(

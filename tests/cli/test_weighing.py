@@ -14,7 +14,10 @@ from loraweave.cli import building, main, weighing
 from loraweave.evaluation.data import read_examples
 
 METHODS = {"mole": lw.MoLE(), "wide": lw.MoLE(granularity="network"), "cat": lw.CAT(), "logo": lw.LoGo()}
-COMPARE = "compare={sum: {}, mole: {}, wide: {name: mole, granularity: network}, cat: {}, logo: {}, fresh_lora: {}}"
+COMPARE = (
+    "compare={sum: {}, mole: {}, wide: {name: mole, granularity: network}, cat: {}, logo: {}, fresh_lora: {}, "
+    "each: {name: cat, per_task: true}}"
+)
 Panels = dict[str, dict[str, list[float]]]
 
 
@@ -39,7 +42,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(mixture.policy.name)
         return average(mixture, *arguments, **options)
 
-    monkeypatch.setattr(weighing.building, "average_weights", noted)
+    monkeypatch.setattr(weighing, "average_weights", noted)
     return names
 
 
@@ -47,7 +50,7 @@ def test_every_method_with_gates_is_weighed_as_it_was_trained(out: Path, world: 
     """Against gates that are read from their file and put on a fresh mixture; input by input."""
     found = json.loads((out / "weights.json").read_text())
     assert (found["method"], found["experts"]) == ("mole", ["colour", "size"])
-    assert list(found["methods"]) == ["mole", "wide", "cat", "logo"], "those with gates, in the recipe's order"
+    assert list(found["methods"]) == ["mole", "wide", "cat", "logo"], "those with gates for all tasks, in order"
     model, tokenizer = building.load_base(str(world / "base"))
     mixture = lw.attach(model, {name: str(world / "loras" / name) for name in found["experts"]})
     for label, of in found["methods"].items():

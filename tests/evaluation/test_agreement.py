@@ -138,3 +138,25 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads(capsys.readouterr().out)["judge"]["kendall"] == pytest.approx(0.6)
     assert main(["agree", str(tmp_path / "none.csv"), "people"]) == 2
     assert "no such table" in capsys.readouterr().err
+
+
+def test_a_column_that_never_varies_is_undefined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither nan nor the end of the table; but with such a reference there is nothing to say at all."""
+    path = tmp_path / "scores.csv"
+    path.write_text("people,judge,flat\n1,2,0.1\n2,1,0.1\n3,3,0.1\n")
+    found = agreement(read_table(path), "people")
+    assert found["flat"] == {"pearson": None, "spearman": None, "kendall": None, "n": 3}
+    assert found["judge"]["pearson"] == pytest.approx(0.5)
+    assert main(["agree", str(path), "people"]) == 0
+    (flat,) = [line.split() for line in capsys.readouterr().out.splitlines() if "flat" in line]
+    assert flat == ["flat", "undefined", "undefined", "undefined", "3"]
+    assert main(["agree", str(path), "flat"]) == 2
+    assert "all values of one side are 0.1" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("scale", [5e-324, 1e-200, 1.0, 1e200, 3e307])
+def test_pearson_at_the_ends_of_the_range(scale: float) -> None:
+    """By hand 0.8, whatever one side is multiplied by; its sums and squares leave the range of floats."""
+    assert pearson([scale * value for value in X], Y) == pytest.approx(0.8)
+    assert pearson(Y, [-scale * value for value in X]) == pytest.approx(-0.8)

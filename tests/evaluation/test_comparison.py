@@ -14,7 +14,8 @@ import pytest
 
 from loraweave.errors import LoraweaveError
 from loraweave.evaluation.bootstrap import paired_bootstrap
-from loraweave.evaluation.comparison import Run, retention, single, spread, summarise
+from loraweave.evaluation.cells import Cell, Cost
+from loraweave.evaluation.comparison import Run, costs, largest_weights, retention, single, spread, summarise
 from loraweave.evaluation.environment import environment, peak_gpu_memory_gb, peak_memory_gb
 from loraweave.files import write_json_atomic
 
@@ -35,6 +36,48 @@ def test_retention_is_the_mean_of_ratios() -> None:
     assert retention({"qa": 60.0, "nli": 40.0}, OWN) == pytest.approx((0.75 + 0.8) / 2)
     assert retention(OWN, OWN) == 1.0
     assert retention({"qa": 88.0, "nli": 55.0, "held out": 3.0}, OWN) == pytest.approx(1.1)
+
+
+def cell(method: str, seed: int | None, cost: Cost, weights: dict[str, Any] | None = None) -> Cell:
+    items = {"qa": [0.0] * 30, "nli": [0.0] * 10}
+    return Cell(method, seed, {}, {"qa": 0.0, "nli": 0.0}, items, cost, weights=weights or {})
+
+
+def test_costs_are_means_over_seeds_per_item_and_memory_is_the_largest() -> None:
+    found = costs(
+        [
+            cell("mole", 0, Cost(10.0, 100, 2400, 4.0, 1.5, 7.0)),
+            cell("mole", 1, Cost(20.0, 100, 2400, 8.0, 2.5, 6.0)),
+            cell("sum", None, Cost(score_seconds=2.0)),
+        ]
+    )
+    assert found["mole"] == {
+        "train_seconds": 15.0,
+        "evaluations": 100.0,
+        "examples_seen": 2400.0,
+        "seconds_per_item": 6.0 / 40,
+        "peak_memory_gb": 2.5,
+        "peak_gpu_memory_gb": 7.0,
+    }
+    assert found["sum"]["seconds_per_item"] == 2.0 / 40
+    assert (found["sum"]["peak_memory_gb"], found["sum"]["peak_gpu_memory_gb"]) == (None, None)
+
+
+def test_the_largest_weight_by_hand() -> None:
+    """Means over tasks first: what stands out on one task alone does not stand out."""
+    uneven = {"qa": {"a": 0.9, "b": 0.1}, "nli": {"a": 0.3, "b": 0.7}}
+    negative = {"qa": {"a": -3.0, "b": 1.0}, "nli": {"a": -3.0, "b": 1.0}}
+    found = largest_weights(
+        [
+            cell("mole", 0, Cost(), uneven),
+            cell("mole", 1, Cost(), negative),
+            cell("lorahub", 0, Cost(), {"qa": {"a": 0.0, "b": 0.0}}),
+            cell("sum", None, Cost()),
+        ]
+    )
+    assert found["mole"]["per_seed"] == pytest.approx([60.0, 75.0])
+    assert found["lorahub"]["per_seed"] == [0.0]
+    assert "sum" not in found
 
 
 @pytest.mark.parametrize("own", [0.0, -1.0, math.nan, math.inf])

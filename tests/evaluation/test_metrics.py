@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 import pytest
 import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
@@ -138,6 +139,36 @@ def test_bleu_of_single_items_is_sacrebleus() -> None:
     predictions, first = sentences(0, 5), sentences(1, 5)
     expected = [sacrebleu.sentence_bleu(p, [f]).score for p, f in zip(predictions, first, strict=True)]
     assert get_metric("bleu").per_item(predictions, [[f] for f in first]) == pytest.approx(expected)
+
+
+def test_bleu_of_counts_is_the_corpus_bleu_of_the_items_that_were_counted() -> None:
+    """Whatever is drawn: empty answers, orders without a right n-gram, none at all, answers too short for some."""
+    metric = get_metric("bleu")
+    said = [*sentences(0, 20), "", "a", "blue hill", "zebra", "zebra yak gnu emu", "the man"]
+    right = [[f, s] if n % 3 else [f] for n, (f, s) in enumerate(zip(sentences(1, 26), sentences(2, 26), strict=True))]
+    right[-1] = ["the man", "a dog"]
+    counts = metric.item_counts(said, right)
+    assert counts is not None
+    assert metric.of_counts is not None
+    chance = random.Random(3)
+    drawn = [chance.choices(range(26), k=chance.choice([1, 2, 5, 26])) for _ in range(200)]
+    drawn += [[n] * 2 for n in range(26)]
+    expected = [metric([said[n] for n in some], [right[n] for n in some]) for some in drawn]
+    assert expected.count(0.0) > 10
+    sums = np.array([[sum(counts[n][k] for n in some) for k in range(10)] for some in drawn])
+    assert metric.of_counts(sums) == pytest.approx(np.array(expected))
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_what_is_no_mean_of_items_has_counts(name: str) -> None:
+    metric = get_metric(name)
+    said, right = ["the cat", "a dog barks at night now"], [["the hat"], ["a dog barks at midnight now"]]
+    if metric.corpus is None:
+        assert metric.item_counts(said, right) is None
+        assert metric(said, right) == pytest.approx(sum(metric.per_item(said, right)) / 2)
+    else:
+        assert metric.item_counts(said, right) is not None
+        assert metric.of_counts is not None
 
 
 @pytest.mark.parametrize("kind", ["rouge1", "rouge2", "rougeL"])

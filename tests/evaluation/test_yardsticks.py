@@ -40,6 +40,23 @@ def test_a_fresh_lora_learns_the_examples(architecture: str) -> None:
     assert mean_loss(model, given.batches(6)) < 0.9 * before
 
 
+def test_accumulated_gradients_are_those_of_one_large_batch() -> None:
+    """Three batches of two are one of six, to the learned numbers and to the examples that count as seen."""
+
+    def learned(**options: int) -> tuple[dict[str, torch.Tensor], int]:
+        given = setting(steps=4, **options)
+        factors = FreshLoRA(learning_rate=1e-2).stand_ins(given)[0]["fresh"].factors
+        return {path: f.B @ f.A for path, f in factors.items()}, given.taught().examples_seen
+
+    whole, seen = learned(batch_size=6)
+    parts, seen_in_parts = learned(batch_size=2, gradient_accumulation_steps=3)
+    small, seen_of_small = learned(batch_size=2)
+    assert (seen, seen_in_parts, seen_of_small) == (24, 24, 8)
+    largest = max(float(delta.abs().max()) for delta in whole.values())
+    apart = [max(float((a[path] - whole[path]).abs().max()) for path in whole) / largest for a in (parts, small)]
+    assert apart[0] < 0.02 < 0.2 < apart[1]
+
+
 def test_the_seed_decides_fresh_and_random_ones() -> None:
     for kind, options in ((FreshLoRA(rank=1), {"steps": 2, "batch_size": 2}), (RandomLoRAs(), {})):
         made = [kind.stand_ins(setting(seed=seed, **options))[0] for seed in (1, 1, 2)]

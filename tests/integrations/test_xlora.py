@@ -45,6 +45,15 @@ def test_it_weighs_the_experts_by_the_bare_models_last_hidden_states(architectur
     assert_close(found, tiny.logits(slow, inputs), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_layerwise_is_a_weight_for_every_module(layerwise: bool) -> None:
+    given = setting(steps=1, batch_size=6)
+    modules = {path for expert in given.experts.values() for path in expert.factors}
+    with XLoRA(layerwise=layerwise).contest(given) as ready:
+        head = ready.model.base_model.internal_xlora_classifier.layers[-1]
+        assert head.out_features == len(given.experts) * (len(modules) if layerwise else 1)
+
+
 def test_it_learns_and_leaves_the_model_as_it_was() -> None:
     given = setting(steps=15, batch_size=6)
     model, inputs = given.model, tiny.batch("llama")

@@ -143,6 +143,8 @@ def test_a_small_form_runs_with_the_papers_figures_beside_ours(
     assert re.search(r"average\s+77\.6\s+[\d.]+\s+76\.5\s+[\d.]+", said)
     assert main(["compare", str(ROOT / "mole" / "figure05.yaml"), "--small", "-o", str(tmp_path / "5"), *quick]) == 0
     results = json.loads((tmp_path / "5" / "results.json").read_text())
+    share = results["largest_weight"]["mole_without_balance"]["mean"]
+    assert f"largest_weight 68.0 {share:.1f}" in " ".join(capsys.readouterr().out.split())
     assert {"mole", "mole_without_balance"} <= results["scores"].keys()
 
 

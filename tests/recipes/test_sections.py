@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from loraweave.errors import LoraweaveError
 from loraweave.recipe import check_recipe, load_recipe
@@ -24,6 +26,10 @@ def recipe(**more: Any) -> dict[str, Any]:
 
 def bed(**more: Any) -> dict[str, Any]:
     return recipe(testbed={"elements": {"hero": HERO, "coat": COAT, "hat": HAT}} | more)
+
+
+def stands_in(**tasks: str) -> dict[str, Any]:
+    return recipe(data={"test": "a"}, published={"source": "x", "scores": {"mole": {"bbh": 1}}, "tasks": tasks})
 
 
 def test_small_form_by_hand() -> None:
@@ -89,6 +95,8 @@ def test_sets_and_prompts() -> None:
         (recipe(testbed={"elements": {"hero": {"triggers": []}}}), "testbed.elements.hero.triggers"),
         (recipe(published={"source": "x", "scores": {}}), "published.scores: expected at least one method"),
         (recipe(published={"source": "x", "scores": {"mole": {"bbh": "good"}}}), "published.scores.mole.bbh"),
+        (stands_in(bhb="test"), "published.tasks: unknown column 'bhb'; did you mean 'bbh'"),
+        (stands_in(bbh="tset"), "published.tasks.bbh: unknown task 'tset'; did you mean 'test'"),
     ],
 )
 def test_mistakes_are_named(content: dict[str, Any], said: str) -> None:
@@ -158,6 +166,47 @@ def test_numbered_concepts_are_a_test_beds_elements_in_order() -> None:
     }
     rows = {row["column"]: row["here"] for row in published_rows(results)}
     assert rows == {"text_alignment": 0.3, "image_alignment_1": 0.2, "image_alignment_3": None, "average": None}
+
+
+def printed_as(table: Any, width: int) -> list[list[str]]:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(table)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert max(map(len, text.splitlines())) <= width
+    return [line.split() for line in text.splitlines() if line.strip()]
+
+
+def test_published_figures_of_tasks_that_others_stand_in_for() -> None:
+    """And of what is no task: the largest weight; each line with the digits that its own figures call for."""
+    scores = {"mole": {"qa": 81.65, "cosine": 0.7512, "largest_weight": 68}, "nla": {"qa": 32.0}}
+    results = {
+        "scores": {"mole": {"less": spread(50.04), "cosine": spread(0.5)}, "nla": {"less": spread(40.0)}},
+        "retention": {},
+        "largest_weight": {"mole": spread(41.26)},
+        "recipe": {"published": {"source": "P", "scores": scores, "tasks": {"qa": "less"}}},
+    }
+    rows = {(row["column"], row["method"]): (row["paper"], row["here"]) for row in published_rows(results)}
+    assert rows["qa", "mole"] == (81.65, 50.04)
+    assert rows["largest_weight", "mole"] == (68, 41.26)
+    assert rows["largest_weight", "nla"] == (None, None)
+    wide = printed_as(published_table(results, width=80), 80)
+    assert wide[4:] == [
+        ["qa", "(here", "less)", "81.7", "50.0", "32.0", "40.0"],
+        ["cosine", "0.751", "0.500", "-", "-"],
+        ["largest_weight", "68.0", "41.3", "-", "-"],
+        ["average", "-", "25.3", "-", "40.0"],
+    ]
+    long = printed_as(published_table(results, width=40), 40)
+    assert long[3:] == [
+        ["qa", "(here", "less)", "mole", "81.7", "50.0"],
+        ["nla", "32.0", "40.0"],
+        ["cosine", "mole", "0.751", "0.500"],
+        ["largest_weight", "mole", "68.0", "41.3"],
+        ["average", "mole", "-", "25.3"],
+        ["nla", "-", "40.0"],
+    ]
+    del scores["mole"]["qa"], scores["mole"]["cosine"], scores["nla"]
+    assert [row["column"] for row in published_rows(results)] == ["largest_weight"]
 
 
 def test_a_weight_file_is_not_sought_on_the_hub(tmp_path: Path) -> None:

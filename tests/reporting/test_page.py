@@ -41,12 +41,29 @@ def test_the_page_says_what_the_files_say(tmp_path: Path, capsys: pytest.Capture
     (even,) = re.findall(r'stroke-dasharray="4 4" d="M46.0 ([0-9.]+)L408.0 \1"', page)
     assert (212 - float(even)) / 200 * 0.8 == pytest.approx(math.log(2), abs=1e-3)
     best = [a for t, a in Reader(page).tags if t == "td" and "best" in str(a.get("class"))]
-    assert len(best) == 2
+    assert not best, "of two items nobody is best"
+    assert not [a for t, a in Reader(page).tags if t == "span" and str(a.get("class")).endswith((" up", " down"))]
     scores = stands_alone(page).table("method", 1)
     assert scores["method"][1:] == ["qa", "nli"]
     assert scores["mole"] == ["0.875 ±0.177", "75.0 ±35.4", "50.0 ±0.0"]
     assert scores["only:qa"] == ["0.500", "100.0", "0.0"]
     assert scores["each expert alone"] == ["1.000", "100.0", "50.0"]
+
+
+def test_the_best_and_what_is_sure_where_there_are_enough_items(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run")
+    found = json.loads((run / "results.json").read_text())
+    found["items"], found["per_task"] = {"qa": 6, "nli": 5}, ["mole"]
+    found["differences"]["mole"]["clear"] = True
+    (run / "results.json").write_text(json.dumps(found))
+    page = render(run)
+    tags = Reader(page).tags
+    # Of qa alone: mole.
+    assert len([a for t, a in tags if t == "td" and "best" in str(a.get("class"))]) == 1
+    assert [a["class"] for t, a in tags if t == "span" and str(a.get("class")).startswith("interval ")] == [
+        "interval up"
+    ]
+    assert "Learned anew for each task, from its examples alone: mole." in Reader(page).text
 
 
 def test_names_are_never_markup(tmp_path: Path) -> None:
@@ -125,8 +142,8 @@ def test_marks_of_intervals_stand_where_they_belong(tmp_path: Path) -> None:
     run = run_folder(tmp_path)
     results = json.loads((run / "results.json").read_text())
     results["differences"] = {
-        "mole": {"rival": "sum", "difference": 0.2, "low": 0.1, "high": 0.4},
-        "sum": {"rival": "mole", "difference": -0.2, "low": -0.4, "high": -0.1},
+        "mole": {"rival": "sum", "difference": 0.2, "low": 0.1, "high": 0.4, "clear": True},
+        "sum": {"rival": "mole", "difference": -0.2, "low": -0.4, "high": -0.1, "clear": True},
         "base": {"rival": "mole", "difference": 0.0, "low": -0.2, "high": 0.2},
     }
     write_json_atomic(run / "results.json", results)

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from loraweave.errors import LoraweaveError
 from loraweave.evaluation.comparison import Run, single, summarise
-from loraweave.reporting.tables import results_table, to_markdown
+from loraweave.reporting.tables import results_table, summary_rows, to_markdown
 
 OWN = {"qa": 80.0, "nli": 50.0}
 
@@ -103,6 +103,71 @@ def test_names_are_not_markup() -> None:
     assert rows[2][0] == "[bold]"
     assert lines(results_table(found, layout="tasks"))[0][1] == "[bold]"
     assert "a\\|b" in to_markdown(found)
+
+
+def costly(evaluations: int = 0, seconds: float = 0.0) -> dict[str, Any]:
+    return {
+        "train_seconds": seconds,
+        "evaluations": evaluations,
+        "examples_seen": 0,
+        "seconds_per_item": 0.012,
+        "peak_memory_gb": 0.5,
+        "peak_gpu_memory_gb": None,
+    }
+
+
+def summarised(differences: dict[str, Any]) -> dict[str, Any]:
+    return results() | {
+        "costs": {"base": costly(), "sum": costly(), "mole": costly(100, 3.25)},
+        "differences": differences,
+    }
+
+
+def against(low: float, high: float, **more: Any) -> dict[str, Any]:
+    return {"rival": "sum", "difference": (low + high) / 2, "low": low, "high": high, **more}
+
+
+def test_summary_has_the_best_first_and_what_each_took() -> None:
+    rows = summary_rows(summarised({}))
+    assert rows == [
+        ["sum", "54.0", "0.855", "-", "-", "-", "12", "0.50"],
+        ["mole", "51.0", "0.795 ± 0.028", "-", "3.2", "100", "12", "0.50"],
+        ["base", "15.0", "0.225", "-", "-", "-", "12", "0.50"],
+    ]
+
+
+def test_a_star_is_for_what_is_clear_in_either_direction() -> None:
+    """And not for what rests on too few items, or was made before that was known."""
+    found = {
+        "sum": against(0.1, 0.3, clear=True),
+        "mole": against(-0.3, -0.1, clear=True),
+        "base": against(0.2, 0.4, clear=False),
+    }
+    shown = {row[0]: row[3] for row in summary_rows(summarised(found))}
+    assert shown == {"sum": "+0.20 [+0.10,+0.30]*", "mole": "-0.20 [-0.30,-0.10]*", "base": "+0.30 [+0.20,+0.40]"}
+    assert summary_rows(summarised({"sum": against(0.1, 0.3)}))[0][3] == "+0.20 [+0.10,+0.30]"
+
+
+def test_what_takes_time_but_no_evaluations_says_so() -> None:
+    """Merging learns nothing at one strength, and yet it is not free."""
+    found = summarised({})
+    found["costs"]["sum"] = {**costly(), "train_seconds": 7.04}
+    assert summary_rows(found)[0][4:6] == ["7.0", "-"]
+
+
+def test_who_is_best_of_a_few_items_is_not_marked() -> None:
+    found = results() | {"items": {"qa": 5, "nli": 6}}
+    rows = {row[0]: row[1:] for row in lines(results_table(found, layout="methods"))}
+    assert rows["sum"] == ["60.0", "48.0*", "0.855*"]
+    assert "| sum | 60.0 | **48.0** | **0.855** |" in to_markdown(found)
+    rows = {row[0]: row[1:] for row in lines(results_table(found | {"items": {"qa": 2, "nli": 3}}, layout="methods"))}
+    assert rows["sum"] == ["60.0", "48.0", "0.855"]
+
+
+def test_what_was_learned_per_task_is_told_below() -> None:
+    said = "Learned anew for each task, from its examples alone: mole."
+    assert to_markdown(results() | {"per_task": ["mole"]}).endswith(f"\n\n{said}\n")
+    assert "Learned" not in to_markdown(results() | {"per_task": []})
 
 
 @pytest.mark.parametrize("bad", [{}, {"scores": {}}, {"scores": {"sum": {"qa": {"mean": 1.0}}}}])

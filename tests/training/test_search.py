@@ -101,6 +101,19 @@ def test_it_finds_the_expert_that_knows(tmp_path: Path) -> None:
     assert torch.equal(tiny.logits(mixture.model, inputs), expected)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_strategy_goes_where_the_objective_is_low(seed: int) -> None:
+    """A bowl whose bottom is known; not just the best of many draws, but all of the last come near it."""
+    bottom = torch.tensor([0.9, -0.6, 0.3])
+    searcher = searching._searcher(lw.LoRAHub(), len(bottom), seed)
+    away = []
+    for _ in range(120):
+        away.append(float((torch.tensor(searcher.ask()) - bottom).square().sum()))
+        searcher.tell(away[-1])
+    assert away[0] == pytest.approx(float(bottom.square().sum())), "the start comes first"
+    assert sum(away[-20:]) / 20 < 0.1 * away[0]
+
+
 def test_the_seed_decides() -> None:
     mixture = tiny.attached("llama", lw.Sum())
     runs = [search(mixture, evaluations=5, seed=seed, examples=2).history for seed in (1, 1, 2)]
@@ -169,7 +182,7 @@ def test_unequal_factors_are_refused() -> None:
     ("options", "message"),
     [
         ({"evaluations": 0}, "lorahub evaluations: expected a whole number of at least 1, got 0"),
-        ({"space": "deltas"}, "unknown search space 'deltas'; did you mean 'delta'"),
+        ({"space": "deltas"}, "unknown lorahub space 'deltas'; did you mean 'delta'"),
         ({"optimizer": "cma"}, "unknown lorahub optimizer 'cma'; did you mean 'cmaes'"),
         ({"bound": 0}, "lorahub bound"),
         ({"l1": -0.1}, "lorahub l1"),

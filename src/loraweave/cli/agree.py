@@ -33,7 +33,9 @@ def _run(options: argparse.Namespace) -> None:
     for name in ("Pearson", "Spearman", "Kendall", "rows"):
         table.add_column(name, justify="right")
     for name, of in found.items():
-        table.add_row(name, *(f"{of[key]:.3f}" for key in ("pearson", "spearman", "kendall")), str(of["n"]))
+        values = (of[key] for key in ("pearson", "spearman", "kendall"))
+        # All of the column is equal.
+        table.add_row(name, *("undefined" if value is None else f"{value:.3f}" for value in values), str(of["n"]))
     Console().print(table)
 
 

@@ -108,16 +108,21 @@ def names_training_data(recipe: Recipe) -> bool:
 
 
 def training_data(recipe: Recipe, seed: int) -> list[Example]:
-    """The examples of all tasks; ``seed`` chooses which, where the recipe wants fewer than there are.
+    """The examples of all tasks, see :func:`training_by_task`."""
+    return [example for rows in training_by_task(recipe, seed).values() for example in rows]
+
+
+def training_by_task(recipe: Recipe, seed: int) -> dict[str, list[Example]]:
+    """Task -> its examples, if it has any; ``seed`` chooses which, where the recipe wants fewer than there are.
 
     Raises:
         LoraweaveError: no task has any, or a file cannot be read.
     """
-    tasks = [task for task in recipe.data.by_task().values() if task.train is not None]
+    tasks = {name: task.train for name, task in recipe.data.by_task().items() if task.train is not None}
     if not tasks:
         raise LoraweaveError("data.train: the recipe names no training data; add data: {train: train.jsonl}")
     limit = recipe.data.train_items
-    return [example for task in tasks for example in examples(str(task.train), "train", limit, seed)]
+    return {name: examples(source, "train", limit, seed) for name, source in tasks.items()}
 
 
 def held_out(

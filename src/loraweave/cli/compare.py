@@ -34,7 +34,8 @@ VERB = Verb(
     details="Compare the bare base, every expert alone and several methods on the same test data, over several seeds.\n"
     "Leaves results.json, a heat map of the learned weights and the mixture of the first method that learns.\n"
     "Each method and seed is kept in DIR/cells once it is done: run the same again to go on after an interruption,\n"
-    "or share the work: accelerate launch --num_processes 2 -m loraweave compare RECIPE -o DIR\n"
+    "or share the work: torchrun --nproc-per-node 2 -m loraweave compare RECIPE -o DIR\n"
+    "(with several GPUs also accelerate launch --num_processes 2 -m loraweave compare RECIPE -o DIR).\n"
     "Retention is a method's score on each expert's task divided by that expert's own, averaged over tasks.",
     examples=[
         ("loraweave compare examples/zoo.yaml -o out/zoo", "on the bundled model and LoRAs"),

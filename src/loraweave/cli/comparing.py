@@ -18,7 +18,7 @@ from loraweave.cli.weighing import gate_weights
 from loraweave.errors import LoraweaveError
 from loraweave.evaluation.bootstrap import against_best_rival
 from loraweave.evaluation.cells import CELLS, Cell, Cells
-from loraweave.evaluation.comparison import SINGLE, Run, costs, summarise
+from loraweave.evaluation.comparison import SINGLE, Run, costs, largest_weights, summarise
 from loraweave.files import check_replaceable, write_json_atomic
 from loraweave.recipe import Recipe
 from loraweave.reporting.plots import heat_maps
@@ -37,9 +37,10 @@ def compare(
     ``out/cells`` gets a JSON file for each method and seed as soon as it is done; those that are there from the same
     recipe are not made again, and several processes may share the work. At the end the main process writes
     ``results.json`` (see :func:`loraweave.evaluation.comparison.summarise`; and ``differences``, see
-    :func:`~loraweave.evaluation.bootstrap.against_best_rival`, and ``costs``), ``weights.json`` (what every method's
-    gates give to each expert, on each task, after the first seed), and of the first method that trains gates
-    ``weights.png`` (the same, drawn) and the ``mixture``.
+    :func:`~loraweave.evaluation.bootstrap.against_best_rival`, ``costs`` and ``largest_weight``, see there, and
+    ``per_task``, the methods that learned anew for each task), ``weights.json`` (what every other method's gates give
+    to each expert, on each task, after the first seed), and of the first of those that trains gates ``weights.png``
+    (the same, drawn) and the ``mixture``.
 
     Args:
         recipe: what to compare.
@@ -104,22 +105,25 @@ def _results(contest: Contest, cells: Sequence[Cell], seconds: float) -> dict[st
     runs = [Run(cell.method, cell.scores, cell.seed, cell.seconds) for cell in cells]
     # Cells that were made earlier or elsewhere took their time too.
     spent = max(seconds, sum(run.seconds for run in runs))
-    own = contest.own()
+    own, metrics = contest.own(), {name: test.metric for name, test in contest.tests.items()}
     extra = {
-        "metrics": {name: test.metric for name, test in contest.tests.items()},
+        "metrics": metrics,
         "items": {name: len(test.examples) for name, test in contest.tests.items()},
         "recipe": contest.recipe.to_dict(),
         "kept": contest.kept,
+        "per_task": [label for label, contender in contest.contenders.items() if contender.per_task],
         "costs": costs(cells),
+        "largest_weight": largest_weights(cells),
         "cells": [contest.cells.path(cell.method, cell.seed, cell.key).name for cell in cells],
     }
     results = summarise(runs, own, seconds=spent, extra=extra)
-    items: dict[str, list[Any]] = {}
+    answers: dict[str, list[Any]] = {}
     for cell in cells:
         if not cell.method.startswith(SINGLE):
-            items.setdefault(cell.method, []).append(cell.items)
+            answers.setdefault(cell.method, []).append(cell.answers())
     kept = {method: spread["mean"] for method, spread in results["retention"].items()}
-    return results | {"differences": against_best_rival(items, own, kept)}
+    yardsticks = {task: cell.answers()[task] for task, cell in contest.yardsticks().items()}
+    return results | {"differences": against_best_rival(answers, yardsticks, kept, metrics)}
 
 
 def _leave(contest: Contest, results: dict[str, Any], place: Path) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,19 +13,19 @@ from torch import Tensor
 
 import loraweave as lw
 from loraweave.cli import building
+from loraweave.cli.answering import Outcome, answered, together
+from loraweave.cli.building import TestSet
+from loraweave.cli.contenders import contenders_of, is_one_mixture, takes_part
 from loraweave.cli.processes import Process
-from loraweave.errors import LoraweaveError
-from loraweave.evaluation.cells import Cell, Cells, Cost, hash_base, hash_examples, hash_expert
+from loraweave.evaluation.cells import FORMAT, Cell, Cells, hash_base, hash_examples, hash_expert
 from loraweave.evaluation.comparison import retention, single
 from loraweave.evaluation.data import Example
 from loraweave.evaluation.environment import peak_memory
-from loraweave.evaluation.metrics import get_metric
-from loraweave.evaluation.scoring import predict
 from loraweave.evaluation.yardsticks import YARDSTICKS, Setting
 from loraweave.experts.resolve import resolve_experts
 from loraweave.policies import Sum
-from loraweave.recipe import Contender, Contestant, Recipe
-from loraweave.training.learn import Learned, learn, learns
+from loraweave.recipe import Contender, Recipe
+from loraweave.training.learn import Learned, learn, settled
 
 Gates = Mapping[str, Tensor]
 BASE = "base"
@@ -34,17 +33,8 @@ BASE = "base"
 _FOUND = "found"
 # Seconds between looks at what other processes have done.
 _LOOK = 0.5
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came out: what :class:`Cell` says, and what was learned."""
-
-    scores: Mapping[str, float]
-    items: Mapping[str, Sequence[float]]
-    cost: Cost
-    history: Sequence[Mapping[str, float]] = ()
-    gates: Mapping[str, Tensor] = field(default_factory=dict)
+# Inputs, all tasks together, on which a learned mixture's weights are averaged.
+_WEIGHED = 64
 
 
 @dataclass(frozen=True)
@@ -57,37 +47,36 @@ class Job:
     make: Callable[[], Outcome]
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What is learned from, and which tasks are then answered with what was learned."""
+
+    name: str
+    rows: list[Example]
+    tests: Mapping[str, TestSet]
+
+
 class Contest:
     """One comparison under way, in one of the processes that share it.
 
     Attributes:
         jobs: every cell of the recipe.
-        kept: label of the first method that trains gates, or else of the first one.
+        kept: label of the first method that trains gates, or else of the first one; of those that are one mixture for
+            all tasks.
         tests: task -> its test data.
 
     Raises:
-        LoraweaveError: the recipe names no test data, or something that it names cannot be read or attached.
+        LoraweaveError: the recipe names no test data, something that it names cannot be read or attached, or a
+            contestant cannot take part.
     """
 
     def __init__(self, recipe: Recipe, cells: Cells, process: Process) -> None:
         self.recipe, self.cells, self.process = recipe, cells, process
-        self.contenders = dict(recipe.compare) or default_contenders(recipe)
-        for label, contender in self.contenders.items():
-            if contender.saved is not None:
-                raise LoraweaveError(
-                    f"compare.{label}.saved: is for pictures (loraweave testbed, loraweave image); a comparison trains "
-                    "every method itself, and 'loraweave evaluate' measures a saved mixture"
-                )
-            if contender.kind is not None:
-                raise LoraweaveError(
-                    f"compare.{label}.{contender.kind}: is for pictures (loraweave testbed, loraweave image); remove it"
-                )
-            if label == BASE or label.startswith(single("")):
-                raise LoraweaveError(f"compare.{label}: every comparison has such a row; choose another label")
+        self.contenders = contenders_of(recipe, reserved=(BASE,))
         self.seeds = recipe.train.seeds or (recipe.train.seed,)
         self.tests = building.held_out(recipe)
         self.settings = recipe.generation.model_dump()
-        self._rows: dict[int, list[Example]] = {}
+        self._rows: dict[int, dict[str, list[Example]]] = {}
         if building.names_training_data(recipe):
             # Now, so that bad data shows before hours of work rather than after them.
             self._training(self.seeds[0])
@@ -128,14 +117,19 @@ class Contest:
         return [cell for job in self.jobs if (cell := self._found(job)) is not None]
 
     def own(self) -> dict[str, float]:
-        """What retention compares with: each task's own expert or, if no task is anybody's, the best expert there."""
-        alone = {cell.method: cell.scores for job in self.jobs if (cell := self._found(job)) is not None}
-        owners = {task: expert for task, expert in self.recipe.own_tasks().items() if task in self.tests}
-        own = {task: alone[single(expert)][task] for task, expert in owners.items()}
-        if not own:
-            own = {task: max(alone[single(e)][task] for e in self.experts) for task in self.tests}
+        """What retention compares with: each task's score in :meth:`yardsticks`."""
+        own = {task: cell.scores[task] for task, cell in self.yardsticks().items()}
         retention(own, own)
         return own
+
+    def yardsticks(self) -> dict[str, Cell]:
+        """Task -> the cell of its own expert or, if no task is anybody's, of the best expert there."""
+        alone = {cell.method: cell for job in self.jobs if (cell := self._found(job)) is not None}
+        owners = {task: expert for task, expert in self.recipe.own_tasks().items() if task in self.tests}
+        if owners:
+            return {task: alone[single(expert)] for task, expert in owners.items()}
+        singles = [alone[single(expert)] for expert in self.experts]
+        return {task: max(singles, key=lambda cell: cell.scores[task]) for task in self.tests}
 
     @torch.no_grad()
     def restore(self) -> lw.Mixture:
@@ -170,13 +164,25 @@ class Contest:
             cost = replace(
                 made.cost, peak_memory_gb=peak["peak_memory_gb"], peak_gpu_memory_gb=peak["peak_gpu_memory_gb"]
             )
-            cell = Cell(job.method, job.seed, job.key, made.scores, made.items, cost, made.history)
+            cell = Cell(
+                job.method,
+                job.seed,
+                job.key,
+                made.scores,
+                made.items,
+                cost,
+                made.history,
+                made.counts,
+                made.weights,
+                self.process.rank,
+            )
             # Gates of one seed only: for pictures, and to use the method afterwards.
             self.cells.save(cell, made.gates if job.seed == self.seeds[0] else {})
             return True
 
     def _list_jobs(self) -> Iterator[Job]:
         common = {
+            "format": FORMAT,
             "loraweave": lw.__version__,
             "base": hash_base(self.model),
             "device": self.model.device.type,
@@ -188,52 +194,80 @@ class Contest:
         for name in self.mixture.experts:
             key = {**common, "experts": {name: experts[name]}}
             yield Job(single(name), None, key, partial(self._single, name))
-        mixed = [label for label, c in self.contenders.items() if c.method.name not in YARDSTICKS]
-        gated = []
+        mixed, gated = [], []
         for label, contender in self.contenders.items():
             # The order is identity, and JSON keys have none.
             own = {"experts": experts, "order": list(experts), "method": contender.method.model_dump()}
-            seeds: tuple[int | None, ...] = self.seeds
-            if contender.method.name not in YARDSTICKS:
-                self.mixture.policy = contender.method.policy()
-                seeds = seeds if learns(self.mixture) else (None,)
+            learning = takes_part(label, contender, self.mixture, self.experts, self.recipe)
+            if is_one_mixture(contender):
+                mixed.append(label)
                 gated += [label] if any(True for _ in self.mixture.gate_parameters()) else []
-            for seed in seeds:
+            for seed in self.seeds if learning else (None,):
                 key = {**common, **own}
                 if seed is not None:
-                    key["examples"] = hash_examples(self._training(seed))
                     key["train"] = self._options(label, contender, seed)
+                    key["examples"] = hash_examples(self._training(seed))
+                    if contender.per_task:
+                        rows = self._training_by_task(seed)
+                        key |= {"examples": {task: hash_examples(rows[task]) for task in self.tests}, "per_task": True}
                 yield Job(label, seed, key, partial(self._contend, label, contender, seed))
         self.kept = next(iter([*gated, *mixed]), "sum")
 
     def _contend(self, label: str, contender: Contender, seed: int | None) -> Outcome:
-        if contender.method.name in YARDSTICKS:
-            assert seed is not None
-            return self._measure(label, contender, seed)
-        self.mixture.policy = contender.method.policy()  # fresh gates
         if seed is None:
+            self.mixture.policy = contender.method.policy()
             return self._score(label)
-        rows, options = self._training(seed), self._options(label, contender, seed)
-        name = f"{label}, seed {seed}"
+        made = []
+        for lesson in self._lessons(f"{label}, seed {seed}", contender, seed):
+            # What is learned for one task must not hang on which others there are.
+            torch.manual_seed(seed)
+            make = self._measure if contender.method.name in YARDSTICKS else self._learn
+            made.append(make(label, contender, seed, lesson))
+        return together(made)
+
+    def _lessons(self, name: str, contender: Contender, seed: int) -> list[Lesson]:
+        if not contender.per_task:
+            return [Lesson(name, self._training(seed), self.tests)]
+        rows = self._training_by_task(seed)
+        return [Lesson(f"{name}, {task}", rows[task], {task: test}) for task, test in self.tests.items()]
+
+    def _learn(self, label: str, contender: Contender, seed: int, lesson: Lesson) -> Outcome:
+        self.mixture.policy = contender.method.policy()  # fresh gates
+        options = self._options(label, contender, seed)
         started = time.perf_counter()
-        doing = f"{f'{name}: gates':<24}" if self.process.main else False
-        learned = learn(self.mixture, rows, tokenizer=self.tokenizer, progress=doing, **options)
+        doing = f"{f'{lesson.name}: gates':<24}" if self.process.main else False
+        learned = learn(self.mixture, lesson.rows, tokenizer=self.tokenizer, progress=doing, **options)
         seconds = time.perf_counter() - started
         gates = {name: p.detach().clone() for name, p in self.mixture.gate_parameters()}
+        if learned.expert is not None:
+            self._attached = settled(self.mixture, learned)
+            try:
+                return self._score(lesson.name, lesson.tests, learned, seconds)
+            finally:
+                self._bare_again()
         if isinstance(found := self.mixture.policy, Sum):
             weights = found.weights or {}
             gates = {_FOUND: torch.tensor([weights[e] for e in self.mixture.experts], dtype=torch.float64)}
-        return replace(self._score(name, learned, seconds), gates=gates)
+        made = self._score(lesson.name, lesson.tests, learned, seconds)
+        return replace(made, gates=gates, weights=self._weights(lesson.tests))
 
-    def _measure(self, label: str, contender: Contender, seed: int) -> Outcome:
+    def _weights(self, tests: Mapping[str, TestSet]) -> dict[str, dict[str, float]]:
+        """Task -> each expert's weight in the mean over sites and over some of the task's inputs."""
+        some = max(1, _WEIGHED // len(self.tests))
+        inputs = {task: [example.input for example in test.examples[:some]] for task, test in tests.items()}
+        panels = building.average_weights(self.mixture, self.tokenizer, inputs, progress=False, **self.settings)
+        means = {task: torch.tensor(list(sites.values())).mean(0).tolist() for task, sites in panels.items()}
+        return {task: dict(zip(self.mixture.experts, mean, strict=True)) for task, mean in means.items()}
+
+    def _measure(self, label: str, contender: Contender, seed: int, lesson: Lesson) -> Outcome:
         """A yardstick: something else stands where the experts stood."""
         yardstick, options = contender.method.policy(), self._options(label, contender, seed)
         started = time.perf_counter()
-        with self._detached():
-            setting = Setting(self.model, self.tokenizer, self.experts, self._training(seed), options, seed)
-            with yardstick.contest(setting) as ready:
-                seconds = time.perf_counter() - started
-                return self._score(f"{label}, seed {seed}", ready.learned, seconds, ready.model)
+        self._bare_again()
+        setting = Setting(self.model, self.tokenizer, self.experts, lesson.rows, options, seed)
+        with yardstick.contest(setting) as ready:
+            seconds = time.perf_counter() - started
+            return self._score(lesson.name, lesson.tests, ready.learned, seconds, ready.model)
 
     def _single(self, expert: str) -> Outcome:
         self.mixture.policy = Sum()
@@ -241,59 +275,42 @@ class Contest:
             return self._score(single(expert))
 
     def _bare(self) -> Outcome:
-        with self._detached():
-            return self._score(BASE)
+        self._bare_again()
+        return self._score(BASE)
 
-    def _score(self, name: str, learned: Learned | None = None, seconds: float = 0.0, model: Any = None) -> Outcome:
-        """The scores on all tasks, whose inputs are answered together: that fills batches better.
-
-        Args:
-            name: for the progress bar.
-            learned: what was learned before, if anything.
-            seconds: how long that took.
-            model: who answers; default: the base, with what is attached to it.
-        """
-        started = time.perf_counter()
-        texts = [example.input for test in self.tests.values() for example in test.examples]
-        found = predict(
+    def _score(
+        self,
+        name: str,
+        tests: Mapping[str, TestSet] | None = None,
+        learned: Learned | None = None,
+        seconds: float = 0.0,
+        model: Any = None,
+    ) -> Outcome:
+        """As :func:`answered`; by default all tests, by the base with what is attached to it."""
+        return answered(
             self.model if model is None else model,
             self.tokenizer,
-            texts,
-            description=f"{name:<24}",
+            self.tests if tests is None else tests,
+            self.settings,
+            name=name,
             progress=self.process.main,
-            **self.settings,
+            learned=learned,
+            seconds=seconds,
         )
-        scoring = time.perf_counter() - started
-        answers = iter(found)
-        scores: dict[str, float] = {}
-        items: dict[str, list[float]] = {}
-        for task, test in self.tests.items():
-            metric = get_metric(test.metric)
-            given, right = [next(answers) for _ in test.examples], [e.references for e in test.examples]
-            items[task], scores[task] = metric.per_item(given, right), metric(given, right)
-        if learned is None:
-            return Outcome(scores, items, Cost(score_seconds=scoring))
-        cost = Cost(seconds, learned.evaluations, learned.examples_seen, scoring)
-        return Outcome(scores, items, cost, learned.history)
 
-    @contextmanager
-    def _detached(self) -> Iterator[None]:
-        """The bare model for a while."""
+    def _bare_again(self) -> None:
+        """Detach what is attached; :attr:`mixture` attaches it when it is needed."""
         if self._attached is not None:
             self._attached.detach()
             self._attached = None
-        yield
 
     def _options(self, label: str, contender: Contender, seed: int) -> dict[str, Any]:
         return {**self.recipe.training(label, contender).options(), "seed": seed}
 
     def _training(self, seed: int) -> list[Example]:
+        return [example for rows in self._training_by_task(seed).values() for example in rows]
+
+    def _training_by_task(self, seed: int) -> dict[str, list[Example]]:
         if seed not in self._rows:
-            self._rows[seed] = building.training_data(self.recipe, seed)
+            self._rows[seed] = building.training_by_task(self.recipe, seed)
         return self._rows[seed]
-
-
-def default_contenders(recipe: Recipe) -> dict[str, Contender]:
-    """Where a recipe does not say what to compare: the sum, the average, and its own method."""
-    plain = {name: Contender(method=Contestant(name=name)) for name in ("sum", "linear")}
-    return plain | {recipe.method.name: Contender(method=Contestant(**recipe.method.model_dump()))}

@@ -33,7 +33,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=positive, metavar="N", default=8, help="examples per pass (default: 8)")
     parser.add_argument("--steps", type=positive, metavar="N", default=30, help="denoising steps (default: 30)")
     parser.add_argument("--seed", type=int, default=0, help="of what is painted (default: 0)")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in DIR or the file")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the LoRA in DIR (its other files stay) or the file"
+    )
     parser.add_argument("overrides", metavar="FIELD=VALUE", nargs="*", help="recipe fields to set")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 
 # What tells libraries that this process is one of several; the trainer would share its batches out among them.
@@ -29,6 +30,12 @@ def alone() -> Process:
     """
     process = Process(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     if process.count == 1:
+        if _wanted_more():
+            print(
+                "accelerate was asked for several processes and started one, as it does without several GPUs; "
+                "for more: torchrun --nproc-per-node N -m loraweave ..., or accelerate launch --multi_gpu",
+                file=sys.stderr,
+            )
         return process
     local = int(os.environ.get("LOCAL_RANK", 0))
     cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
@@ -38,6 +45,13 @@ def alone() -> Process:
         if name in _SHARED or name.startswith(_PREFIXES):
             del os.environ[name]
     return process
+
+
+def _wanted_more() -> bool:
+    """Whether accelerate's launcher was asked for several processes and started this one alone, with no rank."""
+    started = "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ
+    # It sets the address where processes would meet only if there are to be several.
+    return started and "MASTER_ADDR" in os.environ
 
 
 def _visible() -> list[str]:

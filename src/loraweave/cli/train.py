@@ -26,7 +26,7 @@ def _run(options: argparse.Namespace) -> None:
     from loraweave.cli import building
     from loraweave.files import check_replaceable
     from loraweave.recipe import load_recipe
-    from loraweave.training.learn import learn, learns
+    from loraweave.training.learn import check, learn, learns, settled
 
     recipe = load_recipe(options.recipe, options.overrides)
     check_replaceable(options.out, ours=building.MIXTURE_FILES)
@@ -39,15 +39,18 @@ def _run(options: argparse.Namespace) -> None:
     # Before the base is loaded, so that bad data shows at once.
     data = building.training_data(recipe, recipe.train.seed) if building.names_training_data(recipe) else []
     mixture, tokenizer = building.build(recipe)
+    # Experts that were made in memory are nowhere on disk.
+    copied = options.copy_experts or bool(recipe.merged)
     if learns(mixture):
+        check(mixture)
         data = data or building.training_data(recipe, recipe.train.seed)
         # A search has no checkpoints: it is over in minutes.
         checkpoints = {"output_dir": options.checkpoints, "resume": options.checkpoints is not None}
-        print(learn(mixture, data, tokenizer=tokenizer, **checkpoints, **recipe.train.options()).summary)
+        learned = learn(mixture, data, tokenizer=tokenizer, **checkpoints, **recipe.train.options())
+        mixture, copied = settled(mixture, learned), copied or learned.expert is not None
+        print(learned.summary)
     else:
         print(f"{recipe.method.name!r} has nothing to train")
-    # Merged experts are nowhere on disk.
-    copied = options.copy_experts or bool(recipe.merged)
     place = persistence.save(mixture, options.out, copy_experts=copied, recipe=recipe.to_dict())
     print(f"saved to {place}; try: loraweave generate {place} --input TEXT")
 

@@ -1,4 +1,4 @@
-"""What every method with gates gives to each expert, on each task of a comparison."""
+"""What every method with gates, the same for all tasks, gives to each expert, on each task of a comparison."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from loraweave.cli import building
+from loraweave.cli.building import average_weights
 from loraweave.cli.contest import Contest, Job
 from loraweave.evaluation.yardsticks import YARDSTICKS
 from loraweave.mixture import Mixture
@@ -42,7 +42,7 @@ def gate_weights(contest: Contest, earlier: Path) -> dict[str, Any]:
         cell = None if job is None else contest.cells.path(job.method, job.seed, job.key).name
         panels = known.get(label, {}).get("panels") if cell and known.get(label, {}).get("cell") == cell else None
         if panels is None:
-            panels = building.average_weights(mixture, contest.tokenizer, inputs, progress=False, **contest.settings)
+            panels = average_weights(mixture, contest.tokenizer, inputs, progress=False, **contest.settings)
         found[label] = {"cell": cell, "panels": panels}
     ordered = {label: found[label] for label in labels if label in found}
     return {"method": contest.kept, "experts": list(contest.mixture.experts), "methods": ordered}
@@ -50,8 +50,8 @@ def gate_weights(contest: Contest, earlier: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def _gated(contest: Contest, contender: Contender, job: Job | None) -> Mixture | None:
-    """The mixture with the gates of that cell; None if the method has none."""
-    if job is None or contender.method.name in YARDSTICKS:
+    """The mixture with the gates of that cell; None if the method has none, or others for each task."""
+    if job is None or contender.per_task or contender.method.name in YARDSTICKS:
         return None
     mixture = contest.mixture
     mixture.policy = contender.method.policy()

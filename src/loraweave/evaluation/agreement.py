@@ -27,9 +27,7 @@ def pearson(x: Sequence[float], y: Sequence[float]) -> float:
         LoraweaveError: unequal numbers of values, fewer than two, one that is not finite, or all of one side equal.
     """
     a, b = _columns(x, y)
-    a, b = a - a.mean(), b - b.mean()
-    # Each by its own length first: the product of two sums of squares may leave the range of floats.
-    return _bounded(float((a / np.linalg.norm(a)) @ (b / np.linalg.norm(b))))
+    return _bounded(float(_direction(a) @ _direction(b)))
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
@@ -72,19 +70,23 @@ def agreement(table: Mapping[str, Sequence[float]], reference: str, columns: Seq
         columns: those to compare; default: all others.
 
     Returns:
-        Column -> ``pearson``, ``spearman``, ``kendall`` and ``n``.
+        Column -> ``pearson``, ``spearman``, ``kendall`` and ``n``; None, as nothing is defined, where all values of the
+        column are equal.
 
     Raises:
-        LoraweaveError: an unknown column, or one that cannot be compared.
+        LoraweaveError: an unknown column, or one that cannot be compared; all values of ``reference`` are equal.
     """
     chosen = list(columns) or [name for name in table if name != reference]
     for name in (reference, *chosen):
         if name not in table:
             raise unknown("column", name, table)
-    found = {}
+    found: dict[str, Any] = {}
     for name in chosen:
         try:
             x, y = table[reference], table[name]
+            if len(set(y)) == 1 < len(set(x)) and len(x) == len(y):
+                found[name] = {"pearson": None, "spearman": None, "kendall": None, "n": len(x)}
+                continue
             found[name] = {"pearson": pearson(x, y), "spearman": spearman(x, y), "kendall": kendall(x, y), "n": len(x)}
         except LoraweaveError as error:
             raise LoraweaveError(f"{reference!r} and {name!r}: {error}") from error
@@ -158,6 +160,18 @@ def _columns(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray[Any, An
         if (side == side[0]).all():
             raise LoraweaveError(f"all values of one side are {side[0]:g}, so nothing can vary with it")
     return a, b
+
+
+def _direction(column: np.ndarray[Any, Any]) -> Any:
+    """Deviations from the mean, of length 1."""
+    centred = _near_one(column) - _near_one(column).mean()
+    return _near_one(centred) / np.linalg.norm(_near_one(centred))
+
+
+def _near_one(column: np.ndarray[Any, Any]) -> Any:
+    """Times a power of two, which rounds nothing: sums of 1e308 and squares of 1e-200 leave the range of floats."""
+    _, exponent = np.frexp(np.abs(column).max())
+    return np.ldexp(column, -exponent)
 
 
 def _bounded(value: float) -> float:

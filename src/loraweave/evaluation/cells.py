@@ -17,10 +17,12 @@ from loraweave.files import atomic_path, write_json_atomic
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from loraweave.evaluation.bootstrap import Answers
     from loraweave.evaluation.data import Example
     from loraweave.experts.types import Expert
 
-FORMAT = 1
+FORMAT = 2
+"""Of a cell's file; belongs into every key, so that cells of an earlier format are made anew."""
 CELLS = "cells"
 
 
@@ -57,6 +59,10 @@ class Cell:
         items: task -> the score of each test item, in the order of the test set.
         cost: what it took.
         history: the training log, if it trained: losses, ``entropy/SITE``, ``load/EXPERT`` by step.
+        counts: task -> for each test item, of what its metric's score is made, where that is not the mean of ``items``
+            (:attr:`loraweave.evaluation.metrics.Metric.counts`).
+        weights: task -> what a learned mixture gives to each expert, in the mean over gate sites and some inputs.
+        process: rank of the process that made it, where several shared the work.
     """
 
     method: str
@@ -66,6 +72,13 @@ class Cell:
     items: Mapping[str, Sequence[float]]
     cost: Cost = Cost()
     history: Sequence[Mapping[str, float]] = field(default=(), repr=False)
+    counts: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict, repr=False)
+    weights: Mapping[str, Mapping[str, float]] = field(default_factory=dict, repr=False)
+    process: int = 0
+
+    def answers(self) -> dict[str, Answers]:
+        """Task -> what the task's score is computed from, item by item: for intervals by resampling."""
+        return {task: self.counts.get(task, items) for task, items in self.items.items()}
 
     @property
     def seconds(self) -> float:
@@ -89,8 +102,8 @@ class Cells:
         if not path.exists():
             return None
         found = _read(path)
-        cost = Cost(**found["cost"])
-        return Cell(method, seed, key, found["scores"], found["items"], cost, found["history"])
+        rest = {name: found[name] for name in ("scores", "items", "history", "counts", "weights", "process")}
+        return Cell(method, seed, key, cost=Cost(**found["cost"]), **rest)
 
     def save(self, cell: Cell, gates: Mapping[str, Tensor] | None = None) -> None:
         """Write a cell, whole or not at all; its gates first, so that a cell that is there has them."""
@@ -124,7 +137,7 @@ class Cells:
         own = self.path(method, seed, key)
         stem = re.compile(re.escape(self._stem(method, seed)) + r"-[0-9a-f]{16}\.json")
         others = [path for path in sorted(self.folder.glob("*.json")) if stem.fullmatch(path.name) and path != own]
-        return min((_differences(_read(path)["key"], key) for path in others), key=len, default=[])
+        return min((_differences(_read(path, of_any_format=True)["key"], key) for path in others), key=len, default=[])
 
     @contextmanager
     def claim(self, method: str, seed: int | None, key: Mapping[str, Any]) -> Iterator[bool]:
@@ -212,14 +225,17 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, *, of_any_format: bool = False) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise LoraweaveError(f"{path}: not a cell of a comparison ({error}); remove it and run again") from error
-    needed = ("format", "fingerprint", "key", "scores", "items", "cost", "history")
+    needed = ["format", "fingerprint", "key"]
+    if not of_any_format:
+        needed += ["scores", "items", "cost", "history", "counts", "weights", "process"]
     lacking = [name for name in needed if not isinstance(found, dict) or name not in found]
-    if lacking or found["format"] != FORMAT or found["fingerprint"] != fingerprint(found["key"]):
+    other = not lacking and not of_any_format and found["format"] != FORMAT
+    if lacking or other or found["fingerprint"] != fingerprint(found["key"]):
         why = f"no {lacking[0]!r}" if lacking else "of another format, or changed by hand"
         raise LoraweaveError(f"{path}: not a cell of a comparison ({why}); remove it and run again")
     return dict(found)

@@ -118,6 +118,22 @@ def spread(values: Iterable[float]) -> dict[str, Any]:
     return {"mean": statistics.fmean(listed), "std": deviation, "per_seed": listed}
 
 
+def largest_weights(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
+    """Method -> the share of all weight that the expert with most of it has, in percent, as a spread over seeds.
+
+    Weights are means over gate sites, inputs and tasks, as in Fig. 5b of the MoLE paper; of negative ones the absolute
+    value counts. Methods without learned weights are left out.
+    """
+    shares: dict[str, list[float]] = {}
+    for cell in cells:
+        if cell.weights:
+            experts = list(next(iter(cell.weights.values())))
+            means = [abs(statistics.fmean(of[expert] for of in cell.weights.values())) for expert in experts]
+            # A search may end with no weight at all.
+            shares.setdefault(cell.method, []).append(100 * max(means) / sum(means) if any(means) else 0.0)
+    return {method: spread(found) for method, found in shares.items()}
+
+
 def costs(cells: Sequence[Cell]) -> dict[str, dict[str, float | None]]:
     """Method -> what it takes: ``train_seconds``, ``evaluations`` (optimizer steps, or weightings that a search tried),
     ``examples_seen`` and ``seconds_per_item`` (answering one test item), means over seeds; ``peak_memory_gb`` and

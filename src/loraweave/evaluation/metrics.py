@@ -5,14 +5,19 @@ An item with several right answers counts as its best one, except in BLEU, which
 
 from __future__ import annotations
 
-import itertools
 import re
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from loraweave.errors import LoraweaveError, unknown
+from loraweave.evaluation.bleu import bleu_counts, bleu_of_counts, corpus_bleu, sentence_bleu
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[np.float64]]
 
 References: TypeAlias = Sequence[Sequence[str]]
 
@@ -29,12 +34,16 @@ class Metric:
         summary: one line for help texts.
         item: the score of one prediction given its right answers, 0 to 100.
         corpus: the score of all predictions together where that is not the mean of the items, as in BLEU.
+        counts: goes with ``corpus``: numbers of one prediction whose sums over items decide the score.
+        of_counts: goes with ``corpus``: the scores that such sums give, ``[..., counts] -> [...]``.
     """
 
     name: str
     summary: str
     item: Callable[[str, Sequence[str]], float]
     corpus: Callable[[Sequence[str], References], float] | None = None
+    counts: Callable[[str, Sequence[str]], list[float]] | None = None
+    of_counts: Callable[[Array], Array] | None = None
 
     def __call__(self, predictions: Sequence[str], references: References) -> float:
         """The score of all ``predictions``, 0 to 100; ``references[i]`` are the right answers to item ``i``.
@@ -51,6 +60,13 @@ class Metric:
         """The score of every prediction by itself, 0 to 100, e.g. for a bootstrap. Raises as calling does."""
         _check(self.name, predictions, references)
         return [self.item(prediction, right) for prediction, right in zip(predictions, references, strict=True)]
+
+    def item_counts(self, predictions: Sequence[str], references: References) -> list[list[float]] | None:
+        """``counts`` of every prediction; None where the score is a mean over :meth:`per_item`. Raises as calling."""
+        _check(self.name, predictions, references)
+        if self.counts is None:
+            return None
+        return [self.counts(prediction, right) for prediction, right in zip(predictions, references, strict=True)]
 
 
 def get_metric(name: str) -> Metric:
@@ -90,23 +106,6 @@ def accuracy(prediction: str, references: Sequence[str]) -> float:
     return 100.0 * (prediction.strip().casefold() in (reference.strip().casefold() for reference in references))
 
 
-def sentence_bleu(prediction: str, references: Sequence[str]) -> float:
-    """sacrebleu's sentence BLEU (effective order): a guide to single items, not a share of the corpus BLEU."""
-    from sacrebleu.metrics import BLEU
-
-    return float(BLEU(effective_order=True).sentence_score(prediction, list(references)).score)
-
-
-def corpus_bleu(predictions: Sequence[str], references: References) -> float:
-    """sacrebleu's corpus BLEU (tokeniser 13a, mixed case, exponential smoothing); items may differ in references."""
-    from sacrebleu.metrics import BLEU
-
-    # sacrebleu wants streams: the first references of all items, then the second ones, None where an item has no more.
-    streams = [list(stream) for stream in itertools.zip_longest(*references)]
-    # A perfect score comes out a rounding error above 100.
-    return min(100.0, float(BLEU().corpus_score(list(predictions), streams).score))
-
-
 def rouge(kind: str) -> Callable[[str, Sequence[str]], float]:
     """The F measure of ``kind`` (rouge1, rouge2, rougeL), best reference, by Google's rouge-score without stemming.
 
@@ -129,7 +128,14 @@ METRICS: dict[str, Metric] = {
             "exact_match_loose", "equal but for case, full stops and outer spaces, as LoRAHub has it", exact_match_loose
         ),
         Metric("accuracy", "equal but for case and outer spaces: for labels", accuracy),
-        Metric("bleu", "corpus BLEU by sacrebleu, with any number of references", sentence_bleu, corpus_bleu),
+        Metric(
+            "bleu",
+            "corpus BLEU by sacrebleu, with any number of references",
+            sentence_bleu,
+            corpus_bleu,
+            bleu_counts,
+            bleu_of_counts,
+        ),
         Metric("rouge1", "F measure of single words in common", rouge("rouge1")),
         Metric("rouge2", "F measure of word pairs in common", rouge("rouge2")),
         Metric("rougeL", "F measure of the longest common subsequence", rouge("rougeL")),

@@ -6,23 +6,27 @@ Each lends, for one seed, a model that is ready to answer, and says what that to
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from loraweave.errors import LoraweaveError
 from loraweave.evaluation.data import Example
+from loraweave.evaluation.fitting import fit, train_lora
 from loraweave.experts.types import Expert, LoraFactors
 from loraweave.mixing.types import Policy
 from loraweave.policies import Sum, checks, registry
 from loraweave.text import Collator, encode_example
 from loraweave.training.learn import Learned
 from loraweave.training.train import BATCH_SIZE
+
+if TYPE_CHECKING:
+    from loraweave.mixture import Mixture
+    from loraweave.transforms.types import Transform
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,19 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Ground:
+    """What a yardstick may look at before anything is learned.
+
+    Attributes:
+        mixture: the experts on the base; its policy may be changed.
+        experts: the same, by name.
+    """
+
+    mixture: Mixture
+    experts: Mapping[str, Expert]
+
+
+@dataclass(frozen=True)
 class Ready:
     """A model that answers, and what learning was done for it."""
 
@@ -76,6 +93,9 @@ class Yardstick(Protocol):
     @property
     def name(self) -> str: ...
 
+    def check(self, ground: Ground) -> None:
+        """Raise :class:`LoraweaveError` now where :meth:`contest` would, whatever the data."""
+
     def contest(self, setting: Setting) -> AbstractContextManager[Ready]:
         """Make ready; when the block ends, the setting's model is bare again."""
 
@@ -84,13 +104,14 @@ class Yardstick(Protocol):
 def standing_in(setting: Setting, stand_ins: tuple[dict[str, Expert], Policy], spent: Learned) -> Iterator[Ready]:
     """Other experts on the model, under a policy that learns if it can; ``spent`` is what finding them took."""
     from loraweave.mixture import attach
-    from loraweave.training.learn import learn, learns
+    from loraweave.training.learn import learn, learns, settled
 
     mixture = attach(setting.model, *stand_ins)
     try:
         if learns(mixture):
             options = {"progress": False, **setting.options, "seed": setting.seed}
             spent = learn(mixture, setting.examples, tokenizer=setting.tokenizer, **options)
+            mixture = settled(mixture, spent)
         yield Ready(setting.model, spent)
     finally:
         mixture.detach()
@@ -114,6 +135,9 @@ class FreshLoRA:
         if self.rank is not None:
             checks.whole(self.name, "rank", self.rank)
         checks.finite(self.name, "learning_rate", self.learning_rate, above=0)
+
+    def check(self, ground: Ground) -> None:
+        """Any experts will do."""
 
     def stand_ins(self, setting: Setting) -> tuple[dict[str, Expert], Policy]:
         targets = list(dict.fromkeys(path for expert in setting.experts.values() for path in expert.factors))
@@ -139,6 +163,13 @@ class RandomLoRAs:
     def __post_init__(self) -> None:
         registry.from_dict(self.method)
 
+    def check(self, ground: Ground) -> None:
+        """Random LoRAs have the shapes of the experts, so what can mix these can mix those."""
+        from loraweave.training import learn
+
+        ground.mixture.policy = registry.from_dict(self.method)
+        learn.check(ground.mixture)
+
     def stand_ins(self, setting: Setting) -> tuple[dict[str, Expert], Policy]:
         generator = torch.Generator().manual_seed(setting.seed)
         return {n: scrambled(e, generator) for n, e in setting.experts.items()}, registry.from_dict(self.method)
@@ -152,6 +183,9 @@ class BestSingle:
     """The one expert that answers the training examples best (by mean loss), on every task."""
 
     name: ClassVar[str] = "best_single"
+
+    def check(self, ground: Ground) -> None:
+        """Any experts will do."""
 
     def stand_ins(self, setting: Setting) -> tuple[dict[str, Expert], Policy]:
         from loraweave.evaluation.scoring import evaluating
@@ -193,14 +227,22 @@ class Merged:
     name: ClassVar[str] = "merged"
 
     def __post_init__(self) -> None:
-        from loraweave.transforms import registry as transforms
-
-        given = dict(self.transform)
-        transforms.build(str(given.pop("name", None)), given)
+        self._built()
         if not self.strengths:
             raise LoraweaveError("merged strengths: expected at least one number, got none")
         for strength in self.strengths:
             checks.finite(self.name, "strengths", strength)
+
+    def _built(self) -> Transform:
+        from loraweave.transforms import registry as transforms
+
+        given = dict(self.transform)
+        return transforms.build(str(given.pop("name", None)), given)
+
+    def check(self, ground: Ground) -> None:
+        from loraweave.transforms.merge import check_merge
+
+        check_merge(list(ground.experts.values()), self._built())
 
     def stand_ins(self, setting: Setting) -> tuple[dict[str, Expert], Policy]:
         from loraweave.evaluation.scoring import evaluating
@@ -262,6 +304,11 @@ class XLoRA:
         checks.whole(self.name, "depth", self.depth)
         checks.finite(self.name, "scale", self.scale)
 
+    def check(self, ground: Ground) -> None:
+        from loraweave.integrations.xlora import check
+
+        check(ground.mixture.model, ground.experts)
+
     @contextmanager
     def contest(self, setting: Setting) -> Iterator[Ready]:
         """As :class:`Yardstick` has it.
@@ -295,68 +342,3 @@ def scrambled(expert: Expert, generator: torch.Generator) -> Expert:
 
     factors = {path: LoraFactors(like(f.A), like(f.B), f.scale, f.embedding) for path, f in expert.factors.items()}
     return Expert(expert.name, factors, base=expert.base)
-
-
-def train_lora(setting: Setting, targets: Sequence[str], rank: int, learning_rate: float) -> Expert:
-    """Train a LoRA with peft on the setting's examples; the model is bare again afterwards.
-
-    Args:
-        setting: model, examples, and ``steps``, ``batch_size`` ... in its options.
-        targets: module paths.
-        rank: of all of them; alpha is twice the rank.
-        learning_rate: at its highest.
-    """
-    import peft
-
-    from loraweave.experts.reader import read_expert
-
-    model: nn.Module = setting.model
-    flags, modes = [(p, p.requires_grad) for p in model.parameters()], [(m, m.training) for m in model.modules()]
-    torch.manual_seed(setting.seed)
-    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets))
-    tuned = peft.get_peft_model(setting.model, config)
-    try:
-        fit(tuned, setting, learning_rate)
-        with tempfile.TemporaryDirectory() as scratch:
-            tuned.save_pretrained(scratch, save_embedding_layers=False)
-            fresh = read_expert(scratch, "fresh")
-    finally:
-        tuned.unload()
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode
-    return Expert("fresh", fresh.factors, base=fresh.base)
-
-
-def fit(model: Any, setting: Setting, learning_rate: float) -> None:
-    """Train whatever of ``model`` requires gradients on the setting's examples, as gates are trained.
-
-    Args:
-        model: with a loss, as transformers has it.
-        setting: examples, seed, and ``steps``, ``batch_size`` ... in its options.
-        learning_rate: at its highest; it falls linearly to zero.
-    """
-    from transformers import Trainer, TrainingArguments
-
-    steps = setting.taught().evaluations
-    with tempfile.TemporaryDirectory() as scratch:
-        arguments = TrainingArguments(
-            output_dir=scratch,
-            max_steps=steps,
-            learning_rate=learning_rate,
-            per_device_train_batch_size=int(setting.options.get("batch_size", BATCH_SIZE)),
-            gradient_accumulation_steps=int(setting.options.get("gradient_accumulation_steps", 1)),
-            warmup_steps=max(1, steps // 20),
-            lr_scheduler_type="linear",
-            seed=setting.seed,
-            bf16=bool(setting.options.get("bf16", False)),
-            save_strategy="no",
-            logging_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            dataloader_pin_memory=next(model.parameters()).is_cuda,
-        )
-        rows: Any = setting.encoded()
-        Trainer(model, arguments, train_dataset=rows, data_collator=Collator(setting.tokenizer)).train()

@@ -54,5 +54,5 @@ def check_file(path: str | Path, overwrite: bool = False) -> Path:
     if path.suffix != ".safetensors":
         raise LoraweaveError(f"{path}: expected a name that ends in .safetensors")
     if path.exists() and not overwrite:
-        raise LoraweaveError(f"{path}: exists; choose another name, or pass overwrite=True")
+        raise LoraweaveError(f"{path}: exists; choose another name, or pass overwrite=True (--overwrite) to replace it")
     return path

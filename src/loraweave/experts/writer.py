@@ -93,7 +93,10 @@ def check_folder(folder: str | Path, overwrite: bool = False) -> bool:
         raise LoraweaveError(f"{folder}: is a file; expected a folder to write the expert to")
     in_use = folder.is_dir() and any(folder.iterdir())
     if in_use and not overwrite:
-        raise LoraweaveError(f"{folder}: is not empty; choose another folder, or pass overwrite=True")
+        raise LoraweaveError(
+            f"{folder}: is not empty; choose another folder, or pass overwrite=True (--overwrite) to replace "
+            "the LoRA in it"
+        )
     return in_use
 
 

@@ -14,6 +14,7 @@ from loraweave.policies import checks
 from loraweave.policies.registry import register
 
 Optimizer = Literal["cmaes", "ngopt"]
+Space = Literal["delta", "factors"]
 
 
 @register
@@ -31,6 +32,8 @@ class LoRAHub:
         bound: weights stay within ``[-bound, bound]``.
         start: weight of every expert at the start.
         examples: how many examples the search uses, drawn by the seed; ``None`` for all there are.
+        space: ``delta`` adds updates; ``factors``, as published, adds A and B, ``(sum w_i B_i)(sum w_i A_i)``, and ends
+            in one LoRA in the experts' place, see :func:`loraweave.search`.
     """
 
     evaluations: int = 40
@@ -39,6 +42,7 @@ class LoRAHub:
     bound: float = 1.5
     start: float = 0.0
     examples: int | None = 64
+    space: Space = "delta"
 
     name: ClassVar[str] = "lorahub"
     source: ClassVar[str] = "https://arxiv.org/abs/2307.13269"
@@ -56,6 +60,7 @@ class LoRAHub:
             raise LoraweaveError(f"lorahub start: expected a weight within ±{self.bound:g} (bound), got {self.start!r}")
         if self.examples is not None:
             checks.whole(self.name, "examples", self.examples)
+        checks.choice(self.name, "space", self.space, Space)
 
     def constant(self, site: SitePlan) -> Tensor:
         return torch.full((len(site.experts),), float(self.start), dtype=torch.float64)

@@ -61,6 +61,9 @@ class Contender(Rival):
 
     method: Contestant = Field(default_factory=Contestant)
     train: dict[str, Any] = Field(default={}, description="fields of 'train' that differ for this method")
+    per_task: bool = Field(
+        default=False, description="learn anew for each task, from its examples alone, and answer it with that"
+    )
     saved: str | None = Field(
         default=None,
         description="pictures: folder of a mixture that 'loraweave train' saved, with its method and gates",
@@ -68,16 +71,18 @@ class Contender(Rival):
 
     @model_validator(mode="after")
     def _either(self) -> Contender:
-        if self.saved is not None and self.model_fields_set & {"method", "train"}:
+        if self.saved is not None and self.model_fields_set & {"method", "train", "per_task"}:
             raise LoraweaveError("a saved mixture brings its own trained method; remove what stands beside 'saved'")
-        if self.kind is not None and self.model_fields_set & {"method", "train", "saved"}:
-            raise LoraweaveError(f"{self.kind}: it is no mixture; remove 'method', 'train' and 'saved' beside it")
+        if self.kind is not None and self.model_fields_set & {"method", "train", "per_task", "saved"}:
+            raise LoraweaveError(
+                f"{self.kind}: it is no mixture; remove 'method', 'train', 'per_task' and 'saved' beside it"
+            )
         return self
 
 
 def contender_fields(label: str, entry: Any) -> Any:
-    """``mole``, ``{scale: 1}`` under the label ``mole``, ``{name: mole, train: {...}}``, ``{saved: folder}``, or
-    ``{dreambooth: folder}`` -> a contender's fields."""
+    """``mole``, ``{scale: 1}`` under the label ``mole``, ``{name: mole, train: {...}, per_task: true}``,
+    ``{saved: folder}``, or ``{dreambooth: folder}`` -> a contender's fields."""
     if entry is None:
         entry = {}
     if isinstance(entry, str):
@@ -91,10 +96,10 @@ def contender_fields(label: str, entry: Any) -> Any:
     if any(kind in entry for kind in KINDS):
         return entry
     options = {"name": label, **entry}
-    train = options.pop("train", {})
+    beside = {name: options.pop(name) for name in ("train", "per_task") if name in options}
     if isinstance(inner := options.get("method"), str):
         options["method"] = {"name": inner}
-    return {"method": options, "train": train}
+    return {"train": {}, **beside, "method": options}
 
 
 def _mixes_random(label: str, entry: Mapping[str, Any]) -> bool:
@@ -102,4 +107,4 @@ def _mixes_random(label: str, entry: Mapping[str, Any]) -> bool:
     if "name" in entry:
         return bool(entry["name"] == "random")
     whole = isinstance(entry["method"], Mapping) and entry["method"].get("name") == "random"
-    return label == "random" and "train" not in entry and not whole
+    return label == "random" and not {"train", "per_task"} & set(entry) and not whole

@@ -80,6 +80,10 @@ class Data(Part):
         return {"test": Task(train=self.train, test=self.test)} if self.train or self.test else {}
 
 
+LARGEST_SEED = 2**32 - 1
+"""numpy takes no larger one, and would say so in the middle of the work."""
+
+
 class Train(Part):
     """How gates are trained; what is left out takes the defaults of :func:`loraweave.train`."""
 
@@ -88,7 +92,7 @@ class Train(Part):
     batch_size: int | None = Field(default=None, ge=1)
     balance: float | None = Field(default=None, ge=0, description="weight of the balance loss; default: the method's")
     warmup_steps: int | None = Field(default=None, ge=0)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     seeds: tuple[int, ...] = Field(default=(), description="of a comparison; default: just 'seed'")
     max_input_length: int | None = Field(default=None, ge=1, description="tokens")
     max_target_length: int | None = Field(default=None, ge=1, description="tokens")
@@ -98,8 +102,8 @@ class Train(Part):
     @field_validator("seeds")
     @classmethod
     def _different(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(seeds)) < len(seeds) or any(seed < 0 for seed in seeds):
-            raise LoraweaveError(f"expected different numbers of at least 0, got {list(seeds)}")
+        if len(set(seeds)) < len(seeds) or any(not 0 <= seed <= LARGEST_SEED for seed in seeds):
+            raise LoraweaveError(f"expected different numbers of 0 to {LARGEST_SEED}, got {list(seeds)}")
         return seeds
 
     def options(self) -> dict[str, Any]:

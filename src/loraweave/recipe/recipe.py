@@ -110,9 +110,13 @@ class Recipe(Part):
         for label, contender in self.compare.items():
             self.training(label, contender)
             contender.check(label, self.names)
+            if contender.per_task and self.testbed is not None:
+                raise LoraweaveError(f"compare.{label}.per_task: pictures are learned from as one task; remove it")
         for name in self.testbed.elements if self.testbed is not None else ():
             if name not in self.names:
                 raise LoraweaveError(f"testbed.elements: {unknown('expert', name, self.names)}")
+        if self.published is not None:
+            self.published.check(self.data.by_task())
         if self.images is not None:
             self.images.check(self.names, self.train, data=bool(self.data.by_task()))
         return self

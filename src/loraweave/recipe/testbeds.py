@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import string
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from loraweave import zoo
 from loraweave.errors import LoraweaveError, unknown
 from loraweave.recipe.parts import ZOO_IMAGES, Part
 
-PIECEWISE = ("train", "generation")
+PIECEWISE = ("train", "generation", "published")
 """Sections of which a small form changes single fields; others it replaces."""
 
 
@@ -37,6 +37,7 @@ class Published(Part):
     source: str = Field(description="paper and table")
     scores: dict[str, dict[str, float]] = Field(description="method -> column -> figure, as printed")
     note: str | None = Field(default=None, description="what a reader must know to compare")
+    tasks: dict[str, str] = Field(default={}, description="column -> the task here, where it has another name")
 
     @field_validator("scores")
     @classmethod
@@ -44,6 +45,16 @@ class Published(Part):
         if not scores or not all(scores.values()):
             raise LoraweaveError("expected at least one method with at least one figure")
         return scores
+
+    def check(self, tasks: Collection[str]) -> None:
+        """Raise :class:`LoraweaveError` where ``tasks`` names a column that was not printed, or a task that is not
+        here."""
+        columns = {column for of in self.scores.values() for column in of}
+        for column, task in self.tasks.items():
+            if column not in columns:
+                raise LoraweaveError(f"published.tasks: {unknown('column', column, columns)}")
+            if task not in tasks:
+                raise LoraweaveError(f"published.tasks.{column}: {unknown('task', task, tasks)}")
 
 
 class Element(Part):
@@ -183,7 +194,7 @@ class Testbed(Part):
 
 
 def small_form(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe with what its section ``small`` says: fields of ``train`` and ``generation``, other sections whole.
+    """The recipe with what its section ``small`` says: fields of :data:`PIECEWISE`, other sections whole.
 
     Raises:
         LoraweaveError: there is no such section.

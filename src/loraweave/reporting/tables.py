@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loraweave.errors import LoraweaveError
+from loraweave.evaluation.bootstrap import DECISIVE
 from loraweave.evaluation.comparison import SINGLE
 
 Layout = Literal["auto", "methods", "tasks"]
@@ -25,7 +26,8 @@ def results_table(
 ) -> Table:
     """A table to print: methods as rows, tasks and retention as columns.
 
-    The best value of a column is marked ``*`` (and bold), ties all of them. Single experts (``only:NAME``) stand apart
+    The best value of a column is marked ``*`` (and bold), ties all of them; not where fewer than six items were asked,
+    of which chance may decide. Single experts (``only:NAME``) stand apart
     below and do not compete: each wins its own task by nature. The last row is the yardstick of retention, each
     expert's score on its own task.
 
@@ -54,8 +56,9 @@ def summary_table(results: Mapping[str, Any], *, title: str | None = None) -> Ta
     """A table to print: methods as rows; mean score and retention, the difference to the best rival, and costs.
 
     Best first. ``score`` is the mean over tasks. The difference is in retention, with its 95 % interval; ``*`` where
-    that leaves out 0. Times are means over seeds: of training, and of answering one item; ``evals`` are optimizer
-    steps, or weightings that a search tried; memory is the process's with the model, on the GPU where one was used.
+    that leaves out 0 and rests on enough items. Times are means over seeds: of training, and of answering one item;
+    ``evals`` are optimizer steps, or weightings that a search tried; memory is the process's with the model, on the GPU
+    where one was used.
 
     Args:
         results: ``results.json``, with ``differences`` and ``costs``.
@@ -65,6 +68,7 @@ def summary_table(results: Mapping[str, Any], *, title: str | None = None) -> Ta
         LoraweaveError: ``results`` is from an earlier version and lacks them.
     """
     table = _empty("method", SUMMARY, title)
+    table.caption, table.caption_justify = note(results), "left"
     # Narrow gaps, so that intervals have room in 80 columns.
     table.padding = (0, 0, 0, 0)
     table.columns[3].min_width = 15
@@ -94,7 +98,7 @@ def _summary(results: Mapping[str, Any], method: str) -> list[str]:
         f"{sum(spread['mean'] for spread in scores.values()) / len(scores):.1f}",
         f"{kept['mean']:.3f}" + (f" ± {kept['std']:.3f}" if len(kept["per_seed"]) > 1 else ""),
         _difference(results["differences"].get(method)),
-        f"{cost['train_seconds']:.1f}" if cost["evaluations"] else "-",
+        f"{cost['train_seconds']:.1f}" if cost["train_seconds"] else "-",
         f"{cost['evaluations']:.0f}" if cost["evaluations"] else "-",
         f"{1000 * cost['seconds_per_item']:.0f}",
         "-" if memory is None else f"{memory:.2f}",
@@ -104,7 +108,8 @@ def _summary(results: Mapping[str, Any], method: str) -> list[str]:
 def _difference(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return "-"
-    clear = BEST if found["low"] > 0 or found["high"] < 0 else ""
+    # Intervals of earlier versions do not say whether they decide.
+    clear = BEST if found.get("clear") else ""
     return f"{found['difference']:+.2f} [{found['low']:+.2f},{found['high']:+.2f}]{clear}"
 
 
@@ -125,7 +130,21 @@ def to_markdown(results: Mapping[str, Any], *, deviations: bool = True) -> str:
         texts = (cell.value + (cell.deviation if deviations or n == last else "") for n, cell in enumerate(row.cells))
         marked = (f"**{text}**" if cell.best else text for text, cell in zip(texts, row.cells, strict=True))
         lines.append([_escaped(row.name), *marked])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    said = note(results)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + ("" if said is None else f"\n{_escaped(said)}\n")
+
+
+def enough(results: Mapping[str, Any], task: str | None = None) -> bool:
+    """Whether so many items were asked, of a task or of all, that it means something to be the best."""
+    items = results.get("items") or {}
+    asked = sum(items.values()) if task is None else items.get(task, DECISIVE)
+    return not items or asked >= DECISIVE
+
+
+def note(results: Mapping[str, Any]) -> str | None:
+    """What a reader of the tables must know of some methods."""
+    alone = results.get("per_task")
+    return f"Learned anew for each task, from its examples alone: {', '.join(alone)}." if alone else None
 
 
 @dataclass(frozen=True)
@@ -161,8 +180,8 @@ def _rows(results: Mapping[str, Any]) -> list[_Row]:
     rows = []
     for method in sorted(scores, key=lambda method: method not in competing):
         rivals = competing if method in competing and len(competing) > 1 else []
-        cells = [_cell(scores[method][task], [scores[m][task] for m in rivals], 1) for task in tasks]
-        cells.append(_cell(retention[method], [retention[m] for m in rivals], 3))
+        cells = [_cell(scores[method][t], [scores[m][t] for m in rivals if enough(results, t)], 1) for t in tasks]
+        cells.append(_cell(retention[method], [retention[m] for m in rivals if enough(results)], 3))
         rows.append(_Row(method, int(method not in competing), cells, retention[method]["mean"]))
     own = results.get("own")
     if own:

@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loraweave.evaluation.data import Example
-from loraweave.mixture import Mixture
+from loraweave.experts.types import Expert
+from loraweave.mixture import Mixture, attach
 from loraweave.policies.lorahub import LoRAHub
+from loraweave.policies.sum import Sum
+from loraweave.training import search as searching
 from loraweave.training.search import search
 from loraweave.training.train import BATCH_SIZE, train
 
@@ -25,17 +28,25 @@ class Learned:
         evaluations: optimizer steps, or weightings tried.
         examples_seen: examples that passed through the model, repetitions included.
         history: the log of training by step; a search leaves none.
+        expert: what a search in the space of factors found: one LoRA that takes the experts' place (:func:`settled`).
     """
 
     summary: str
     evaluations: int
     examples_seen: int
     history: Sequence[Mapping[str, float]] = field(default=(), repr=False)
+    expert: Expert | None = field(default=None, repr=False)
 
 
 def learns(mixture: Mixture) -> bool:
     """Whether the policy needs examples: it has gates that learn, or weights to be searched."""
     return isinstance(mixture.policy, LoRAHub) or any(True for _ in mixture.gate_parameters())
+
+
+def check(mixture: Mixture) -> None:
+    """Raise now what :func:`learn` would raise at its start, whatever the data."""
+    if isinstance(mixture.policy, LoRAHub):
+        searching.check(mixture, mixture.policy)
 
 
 def learn(mixture: Mixture, data: Sequence[Example], *, tokenizer: Any, **options: Any) -> Learned:
@@ -60,12 +71,23 @@ def learn(mixture: Mixture, data: Sequence[Example], *, tokenizer: Any, **option
             bound=policy.bound,
             start=policy.start,
             examples=policy.examples,
+            space=policy.space,
             tokenizer=tokenizer,
             **given,
         )
         said = f"{policy.evaluations} evaluations on {used} examples in {found.seconds:.0f} s, loss {found.loss:.3f}"
-        return Learned(said, policy.evaluations, policy.evaluations * used)
+        return Learned(said, policy.evaluations, policy.evaluations * used, expert=found.expert)
     result = train(mixture, data, tokenizer=tokenizer, **options)
     said = f"{result.steps} steps on {len(data)} examples in {result.seconds:.0f} s, mean loss {result.loss:.3f}"
     rows = int(options.get("batch_size", BATCH_SIZE)) * int(options.get("gradient_accumulation_steps", 1))
     return Learned(said, result.steps, result.steps * rows, result.history)
+
+
+def settled(mixture: Mixture, learned: Learned) -> Mixture:
+    """The mixture that answers with what was learned: the same or, where a search found a LoRA, one of that alone; the
+    other is detached then."""
+    if learned.expert is None:
+        return mixture
+    model = mixture.model
+    mixture.detach()
+    return attach(model, {learned.expert.name: learned.expert}, Sum())

@@ -10,25 +10,23 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from loraweave.errors import LoraweaveError, unknown
+from loraweave.errors import LoraweaveError
 from loraweave.evaluation.data import ExampleSource, read_examples
 from loraweave.evaluation.scoring import evaluating
 from loraweave.experts.types import Expert
 from loraweave.mixing.layer import FixedTerm
 from loraweave.mixture import Mixture
-from loraweave.policies.lorahub import LoRAHub, Optimizer
+from loraweave.policies.lorahub import LoRAHub, Optimizer, Space
 from loraweave.policies.sum import Sum
 from loraweave.text import IGNORED, Collator, encode_example
 from loraweave.training.train import load_tokenizer
 from loraweave.transforms import factor_sum
-
-Space = Literal["delta", "factors"]
 
 
 @dataclass(frozen=True)
@@ -104,9 +102,7 @@ def search(
         LoraweaveError: an option is out of range, the optimiser's package is missing, the data is empty or cannot be
             read, experts are masked or folded, the experts' factors cannot be added, or no weighting has a finite loss.
     """
-    options = LoRAHub(evaluations, optimizer, l1, bound, start, examples)
-    if space not in get_args(Space):
-        raise unknown("search space", str(space), get_args(Space))
+    options = LoRAHub(evaluations, optimizer, l1, bound, start, examples, space)
     if batch_size < 1:
         raise LoraweaveError(f"batch_size: expected at least 1, got {batch_size}")
     if len(mixture.kept) < len(mixture.experts):
@@ -157,6 +153,17 @@ def search(
         expert = factor_sum.factor_sum(mixture.layers, found, "lorahub", getattr(mixture.model, "name_or_path", None))
     mixture.policy = Sum(0.0, named) if expert is None else before
     return SearchResult(named, best["objective"], best["loss"], history, time.perf_counter() - started, expert)
+
+
+def check(mixture: Mixture, options: LoRAHub) -> None:
+    """Raise now what a search would raise at its start.
+
+    Raises:
+        LoraweaveError: the optimiser's package is missing, or the experts' factors cannot be added.
+    """
+    if options.space == "factors":
+        factor_sum.check_alike(mixture.layers, mixture.experts)
+    _searcher(options, len(mixture.experts), 0)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from loraweave.experts.resolve import resolve_experts
 from loraweave.experts.types import Expert, LoraFactors
 from loraweave.transforms import Linear, checks, registry
 from loraweave.transforms.expression import read_expression
+from loraweave.transforms.spaces import equal_ranks
 from loraweave.transforms.types import Space, Term, Transform
 
 Experts = Mapping[str, str | Path | Expert] | Sequence[str | Path | Expert]
@@ -82,6 +83,18 @@ def arithmetic(expression: str, experts: Experts, *, space: Space = "delta", nam
     return merge_experts(read, Linear(space=space, negate="one"), vector, name)
 
 
+def check_merge(experts: Sequence[Expert], transform: Transform) -> None:
+    """Raise now what merging these experts would raise, but for what only its numbers show.
+
+    Raises:
+        LoraweaveError: two of them do not fit each other, or the transform needs equal ranks.
+    """
+    for path, here in _modules(experts).items():
+        _check_shapes(path, here)
+        if getattr(transform, "space", "delta") == "factors":
+            equal_ranks([Term(e.name, path, 1.0, f.A, f.B, f.scale) for e in here for f in [e.factors[path]]])
+
+
 def merge_experts(experts: Sequence[Expert], transform: Transform, weights: Mapping[str, float], name: str) -> Expert:
     """Merge experts that have been read; ``weights`` has one entry for each.
 
@@ -91,12 +104,8 @@ def merge_experts(experts: Sequence[Expert], transform: Transform, weights: Mapp
     used = [expert for expert in experts if weights[expert.name] != 0]
     if not used:
         raise LoraweaveError("merge: every expert has weight 0, so there is nothing to merge")
-    modules: dict[str, list[Expert]] = {}
-    for expert in used:
-        for path in expert.factors:
-            modules.setdefault(path, []).append(expert)
     merged = {}
-    for path, here in modules.items():
+    for path, here in _modules(used).items():
         factors = _module(path, here, transform, weights)
         if factors.rank > 0:
             merged[path] = factors
@@ -105,15 +114,30 @@ def merge_experts(experts: Sequence[Expert], transform: Transform, weights: Mapp
     return Expert(name, merged, base=_common_base(used))
 
 
-def _module(path: str, experts: Sequence[Expert], transform: Transform, weights: Mapping[str, float]) -> LoraFactors:
-    factors = [expert.factors[path] for expert in experts]
-    first = factors[0]
-    for expert, one in zip(experts, factors, strict=True):
+def _modules(experts: Sequence[Expert]) -> dict[str, list[Expert]]:
+    """Module path -> the experts that extend it."""
+    modules: dict[str, list[Expert]] = {}
+    for expert in experts:
+        for path in expert.factors:
+            modules.setdefault(path, []).append(expert)
+    return modules
+
+
+def _check_shapes(path: str, experts: Sequence[Expert]) -> None:
+    first = experts[0].factors[path]
+    for expert in experts:
+        one = expert.factors[path]
         if (one.A.shape[1], one.B.shape[0], one.embedding) != (first.A.shape[1], first.B.shape[0], first.embedding):
             raise LoraweaveError(
                 f"expert {expert.name!r}: {path!r} maps {_kind(one)}, but in expert {experts[0].name!r} it maps "
                 f"{_kind(first)}; they belong to different base models"
             )
+
+
+def _module(path: str, experts: Sequence[Expert], transform: Transform, weights: Mapping[str, float]) -> LoraFactors:
+    _check_shapes(path, experts)
+    factors = [expert.factors[path] for expert in experts]
+    first = factors[0]
     device = first.A.device
     terms = [Term.of(e.name, path, weights[e.name], f, device) for e, f in zip(experts, factors, strict=True)]
     A, B = transform.module(terms)

@@ -11,7 +11,7 @@ from loraweave.evaluation.comparison import SINGLE
 from loraweave.reporting.parts.curves import training
 from loraweave.reporting.parts.heat import heat_maps
 from loraweave.reporting.parts.published import figures
-from loraweave.reporting.tables import BEST, SUMMARY, summary_rows
+from loraweave.reporting.tables import BEST, SUMMARY, enough, note, summary_rows
 
 RESULTS, WEIGHTS = "results.json", "weights.json"
 # More single experts than this are not all shown.
@@ -33,6 +33,7 @@ def comparison(folder: Path, results: Results, read: Callable[[Path], Any]) -> d
         "facts": _facts(results),
         "lead": _lead(results),
         "summary": _summary(results),
+        "note": note(results),
         "tasks": list(results["metrics"]),
         "scores": shown,
         "hidden": len(scores) - len(shown),
@@ -103,7 +104,7 @@ def _scores(results: Results) -> list[dict[str, Any]]:
             best = max(round(scores[m][task]["mean"], 1) for m in competing)
             mean = scores[method][task]["mean"]
             spread = scores[method][task]["std"] if len(scores[method][task]["per_seed"]) > 1 else None
-            mark = method in competing and len(competing) > 1 and round(mean, 1) == best
+            mark = method in competing and len(competing) > 1 and round(mean, 1) == best and enough(results, task)
             cells.append(
                 {"mean": f"{mean:.1f}", "std": None if spread is None else f"{spread:.1f}", "best": mark, "share": mean}
             )

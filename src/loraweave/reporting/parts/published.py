@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from loraweave.reporting.published import HERE, PAPER, published_rows
+from loraweave.reporting.published import HERE, PAPER, digits_of, published_rows, stand_in
 
 # Where there are no more columns than this, methods are the rows.
 _FEW = 4
@@ -19,17 +19,19 @@ def figures(results: Mapping[str, Any]) -> dict[str, Any] | None:
         results: the content of ``results.json`` or ``alignment.json``.
     """
     rows = published_rows(results)
-    values = [row[side] for row in rows for side in (PAPER, HERE) if row[side] is not None]
-    if not values:
+    if all(row[side] is None for row in rows for side in (PAPER, HERE)):
         return None
-    # Cosines, or percentages.
-    digits = 3 if max(map(abs, values)) < 2 else 1
-    pairs = {
-        (row["column"], row["method"]): [None if row[s] is None else f"{row[s]:.{digits}f}" for s in (PAPER, HERE)]
-        for row in rows
-    }
     # Of a test bed: measures, not tasks.
-    word = str if "retention" in results else measure
+    word = stand_in if "retention" in results else lambda row: measure(row["column"])
+    digits = {c: digits_of([row for row in rows if row["column"] == c]) for c in {row["column"] for row in rows}}
+    words = {row["column"]: word(row) for row in rows}
+    pairs = {
+        (words[column], row["method"]): [
+            None if row[side] is None else f"{row[side]:.{digits[column]}f}" for side in (PAPER, HERE)
+        ]
+        for row in rows
+        for column in [row["column"]]
+    }
     columns = [c for c in dict.fromkeys(c for c, _ in pairs) if any(any(p) for (of, _), p in pairs.items() if of == c)]
     methods = list(dict.fromkeys(method for _, method in pairs))
     upright = len(columns) <= _FEW
@@ -39,10 +41,8 @@ def figures(results: Mapping[str, Any]) -> dict[str, Any] | None:
         "source": published["source"],
         "note": published.get("note"),
         "small": results["recipe"].get("base") in ("zoo", "zoo:images"),
-        "across": [word(name) for name in across],
-        "rows": [
-            (word(name), [pairs[(other, name) if upright else (name, other)] for other in across]) for name in down
-        ],
+        "across": across,
+        "rows": [(name, [pairs[(other, name) if upright else (name, other)] for other in across]) for name in down],
     }
 
 
