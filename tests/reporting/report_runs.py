@@ -122,6 +122,7 @@ def painted_folder(
     rows: int = 2,
     side: int = 8,
     prompt: str = "a hero, a coat",
+    seeds: bool = False,
 ) -> Path:
     """What testbed leaves behind; every picture has a colour of its own, ``colour(row, method number)``."""
     lines = []
@@ -132,7 +133,7 @@ def painted_folder(
             place.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (side, side), colour(row, number)).save(place / files[method])
         said = {"id": f"set{row}", "set": "hero+coat", "prompt": f"{prompt} {row}", "elements": ["hero", "coat"]}
-        lines.append(json.dumps(said | {"seed": 0, "pictures": files}))
+        lines.append(json.dumps(said | {"seed": row if seeds else 0, "pictures": files}))
     write_text_atomic(place / "pictures.jsonl", "\n".join(lines) + "\n")
     return place
 

@@ -41,6 +41,11 @@ def test_every_picture_stands_under_its_method_and_beside_its_prompt(
     assert any("Nothing is scored yet" in part for part in read.text)
 
 
+def test_seeds_are_told_where_they_differ(tmp_path: Path) -> None:
+    (sheet,) = stands_alone(render(painted_folder(tmp_path, seeds=True))).tables
+    assert [row[0] for row in sheet[1:]] == ["a hero, a coat 0; seed 0", "a hero, a coat 1; seed 1"]
+
+
 def test_of_many_pictures_some_are_shown(tmp_path: Path) -> None:
     page = render(painted_folder(tmp_path, rows=30, side=700))
     read = stands_alone(page)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -22,6 +23,7 @@ PAGE = "report.html"
 _TEMPLATES = "templates"
 # Of a contact sheet on a page with many: a row or two of each.
 _LEAST_PICTURES = 12
+_DIGITS = re.compile(r"(\d+)")
 
 
 def write_report(run: str | Path, out: str | Path | None = None) -> Path:
@@ -84,7 +86,9 @@ def _folders(run: Path) -> list[Path]:
 
 
 def _below(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir())
+    """By name, n8 before n32."""
+    found = [path for path in folder.iterdir() if path.is_dir()]
+    return sorted(found, key=lambda path: [(len(n), n) if n.isdigit() else (0, n) for n in _DIGITS.split(path.name)])
 
 
 def _judged(folder: Path) -> bool:

@@ -30,9 +30,11 @@ def testbed(folder: Path, scores: Any, settings: Any, most: int) -> dict[str, An
     """
     path = folder / PICTURES
     rows = read_pictures(path) if path.is_file() else []
-    said = {row["id"]: row.get("prompt") for _, row in read_rows(path)} if rows else {}
+    said = {row["id"]: row for _, row in read_rows(path)} if rows else {}
     columns = list(dict.fromkeys(method for row in rows for method in row.pictures))
-    captions = [str(said[row.id] or ", ".join(e.name for e in row.elements)) for row in rows]
+    captions = [str(said[row.id].get("prompt") or ", ".join(e.name for e in row.elements)) for row in rows]
+    if len({said[row.id].get("seed") for row in rows}) > 1:
+        captions = [f"{caption}; seed {said[row.id].get('seed')}" for caption, row in zip(captions, rows, strict=True)]
     return {
         "template": "testbed.html.j2",
         "scores": None if scores is None else _scores(scores),
