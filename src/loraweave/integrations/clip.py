@@ -46,7 +46,9 @@ class Clip(nn.Module):
         if x.shape[2:] != side:
             x = interpolate(x, side, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
         x = ((x - self.mean) / self.std).to(self.model.dtype)
-        found = self.model.get_image_features(pixel_values=x)
+        # In its own precision: autocast fails on what is stored in another half precision.
+        with torch.autocast(x.device.type, enabled=False):
+            found = self.model.get_image_features(pixel_values=x)
         return normalize(_tensor(found).float(), dim=-1)
 
     @torch.no_grad()

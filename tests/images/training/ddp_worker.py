@@ -23,7 +23,9 @@ if __name__ == "__main__":
     pipe = lessons.pipeline("sd15")
     files = lessons.files(pipe, place)
     pairs = [(lessons.picture(n), prompt) for n, prompt in enumerate(lessons.PROMPTS)]
-    for name, data, objective in (("clip", None, None), ("denoising", pairs, lw.Denoising())):
+    # In two processes the rows of a step have one mask, or two, of which each process has one.
+    masked = [("hero coat", ["coat", "hero"]), "hero", ("coat", ["hero", "coat"]), ("a coat", ["coat"])]
+    for name, data, objective in (("clip", None, None), ("masked", masked, None), ("denoising", pairs, lw.Denoising())):
         mixture = lw.attach(pipe, files, lw.MoLE())
         lessons.train(mixture, data, objective, steps=3, batch_size=batch, learning_rate=0.02, balance=0.5)
         gates = {key.replace("/", ":"): value for key, value in lessons.gates(mixture).items()}

@@ -31,7 +31,7 @@ def run(out: Path, processes: int, batch: int) -> Path:
 def test_two_processes_share_a_batch(tmp_path: Path) -> None:
     alone, both = run(tmp_path / "one", 1, batch=2), run(tmp_path / "two", 2, batch=1)
     single = run(tmp_path / "half", 1, batch=1)
-    for objective in ("clip", "denoising"):
+    for objective in ("clip", "masked", "denoising"):
         expected = load_file(alone / f"{objective}0.safetensors")
         first, second = (load_file(both / f"{objective}{rank}.safetensors") for rank in range(2))
         half = load_file(single / f"{objective}0.safetensors")

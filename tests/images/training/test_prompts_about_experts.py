@@ -46,28 +46,30 @@ def test_a_step_is_the_mean_of_its_rows_each_under_its_own_mask(
     objective = lessons.guidance(call=lessons.EXTRA[kind], local_weight=0.7)
     draws = [Draw(5, 9, 1), Draw(6, 9, 0), Draw(7, 9, 2), Draw(8, 9, 3)]
 
-    expected, losses = {}, []
+    losses: list[float] = []
+    balances: list[float] = []
     with runs.prepared(pipe, False):
         plain: Any = objective.lesson(mixture, [item if isinstance(item, str) else item[0] for item in PAIRS], CPU)
         concepts = dict(plain.concepts)
-        for draw in draws:
-            item = PAIRS[draw.item]
-            names = mixture.experts if isinstance(item, str) else tuple(item[1])
+        # Two rows are about all there are, said or not.
+        for names, rows in (("hero", "coat"), [0, 2]), (("hero",), [1]), (("coat",), [3]):
             plain.concepts = {name: concepts[name] for name in names}
+            group = [draw for draw in draws if draw.item in rows]
             with mixture.only(*names):
-                loss = plain.loss([draw])
+                loss = plain.loss(group)
                 shares = torch.stack([gates.site_shares(site) for site in mixture.sites]).mean(0)
-                of_kept = shares[[mixture.experts.index(name) for name in names]]
-                (loss + WEIGHT * balance_loss(of_kept)).backward()
-            losses.append(float(loss))
-        for name, gradient in gradients(mixture).items():
-            expected[name] = gradient / len(draws)
+                balance = balance_loss(shares[[mixture.experts.index(name) for name in names]])
+                (len(group) / len(draws) * (loss + WEIGHT * balance)).backward()
+            losses += len(group) * [float(loss)]
+            balances += len(group) * [float(balance)]
+        expected = gradients(mixture)
     for _, parameter in mixture.gate_parameters():
         parameter.grad = None
     with runs.prepared(pipe, checkpointing):
         lesson = objective.lesson(mixture, PAIRS, CPU)
-        _, told = training._teach(mixture, lesson, draws, WEIGHT, Accelerator(cpu=True))
+        _, told = training._teach(mixture, lesson, draws, draws, WEIGHT, Accelerator(cpu=True))
     assert told["task_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert told["balance_loss"] == pytest.approx(sum(balances) / len(balances), rel=1e-5)
     found = gradients(mixture)
     assert found.keys() == expected.keys()
     assert max(float(g.abs().max()) for g in expected.values()) > 1e-4
@@ -94,10 +96,36 @@ def test_samples_are_painted_by_those_the_prompt_is_about(taught: Any, attach: A
 
 def test_runs_go_on_only_with_the_same_experts_at_work(taught: Any, attach: Any, tmp_path: Path) -> None:
     pipe, files = taught("sd15")
-    mixture = attach(pipe, files, lw.MoLE())
+    mixture = attach(pipe, files, lw.MoLE(activation="sigmoid"))
     lessons.train(mixture, [("hero", ["hero"]), "coat"], output_dir=tmp_path)
     with pytest.raises(lw.LoraweaveError, match="this run had prompts="):
         lessons.train(mixture, [("hero", ["coat"]), "coat"], output_dir=tmp_path, resume=True)
+
+
+def test_runs_go_on_only_with_the_same_policy_and_experts(taught: Any, attach: Any, tmp_path: Path) -> None:
+    pipe, files = taught("sd15")
+    mixture = attach(pipe, files, lw.MoLE())
+    lessons.train(mixture, ["coat"], output_dir=tmp_path)
+    mixture.policy = lw.MoLE(scale=2.0)
+    with pytest.raises(lw.LoraweaveError, match=r"this run had policy\.scale=1\.0, got 2\.0"):
+        lessons.train(mixture, ["coat"], output_dir=tmp_path, resume=True)
+    mixture.detach()
+    names = list(files)
+    other = attach(pipe, files | {names[0]: files[names[1]]}, lw.MoLE())
+    with pytest.raises(lw.LoraweaveError, match=rf"this run had experts\.{names[0]}="):
+        lessons.train(other, ["coat"], output_dir=tmp_path, resume=True)
+
+
+def test_one_expert_under_gates_that_share_out_a_total(taught: Any, attach: Any) -> None:
+    pipe, files = taught("sd15")
+    mixture = attach(pipe, files, lw.MoLE())
+    with pytest.raises(lw.LoraweaveError, match=r"'a hero' is about one expert; .* nothing to learn, and no prompt"):
+        lessons.train(mixture, [("a hero", ["hero"])])
+    with pytest.warns(UserWarning, match=r"nothing to learn from it \(1 such of 2\)"):
+        lessons.train(mixture, [("a hero", ["hero"]), "coat"], steps=1)
+    mixture.policy = lw.MoLE(activation="sigmoid")
+    done = lessons.train(mixture, [("a hero", ["hero"])], steps=1)
+    assert done.history[0]["gradient"] > 0
 
 
 @pytest.mark.parametrize(

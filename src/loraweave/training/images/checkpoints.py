@@ -18,6 +18,7 @@ from loraweave.errors import LoraweaveError
 from loraweave.files import replace_folder_atomic
 from loraweave.integrations.clip import Clip
 from loraweave.mixture import Mixture
+from loraweave.policies import registry
 
 STATE, KEPT = "state.pt", 2
 _OURS = [persistence.MIXTURE, persistence.GATES, persistence.CARD, STATE]
@@ -94,6 +95,12 @@ def read(folder: Path, mixture: Mixture, settings: dict[str, Any]) -> tuple[dict
             )
     persistence.load_gates(mixture, place)
     return state, progress
+
+
+def attached(mixture: Mixture) -> dict[str, Any]:
+    """Policy and experts as plain values that a checkpoint can hold; files of experts are told by their hash."""
+    experts = {expert.name: expert.sha256[:12] for expert in mixture.sources}
+    return _entries("policy", registry.to_dict(mixture.policy)) | _entries("experts", experts)
 
 
 def described(objective: Any) -> dict[str, Any]:

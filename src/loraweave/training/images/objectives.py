@@ -126,7 +126,7 @@ class ClipGuidance:
             for name in names or ():
                 if name not in mixture.experts:
                     raise LoraweaveError(f"prompts: {unknown('expert', name, mixture.experts)}")
-        return _Guided(self, mixture, asked, device)
+        return _Guided(self, mixture, [(prompt, _in_order(names, mixture)) for prompt, names in asked], device)
 
 
 def _pair(item: Any) -> tuple[str, tuple[str, ...]]:
@@ -134,6 +134,12 @@ def _pair(item: Any) -> tuple[str, tuple[str, ...]]:
         case (str() as prompt, [*names]) if names and all(isinstance(name, str) for name in names):
             return prompt, tuple(dict.fromkeys(names))
     raise LoraweaveError(f"prompts: expected a text, or a pair of a text and the names of some experts, got {item!r}")
+
+
+def _in_order(names: tuple[str, ...] | None, mixture: Mixture) -> tuple[str, ...] | None:
+    """One way to say it, whatever the order; ``None`` for all."""
+    found = tuple(name for name in mixture.experts if names is None or name in names)
+    return None if found == mixture.experts else found
 
 
 class _Guided:

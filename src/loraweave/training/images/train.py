@@ -103,6 +103,7 @@ def train_images(
         if accelerator.device.type != "cpu":
             pipe.to(accelerator.device)
         lesson = objective.lesson(mixture, data, accelerator.device)
+        _check_masks(mixture, lesson)
         warn_of_triggers(mixture.sources, lesson.prompts, stacklevel=3)
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", TriggerWarning)  # said once, of all prompts together
@@ -112,7 +113,7 @@ def train_images(
         rows = batch_size * accelerator.num_processes
         settings: dict[str, Any] = {"steps": steps, "rows": rows, "seed": seed, "learning_rate": rate}
         settings |= {"balance": weight, "warmup_steps": warmup, **checkpoints.described(objective)}
-        settings["prompts"] = _fingerprint(lesson)
+        settings |= {"prompts": _fingerprint(lesson), **checkpoints.attached(mixture)}
         done = checkpoints.Progress(0, [], 0.0, settings)
         found = checkpoints.read(folder, mixture, settings) if resume and folder is not None else None
         if found is not None:
@@ -126,7 +127,8 @@ def train_images(
             def look() -> None:
                 for step in range(MEASURED_BATCHES):
                     draws = list(draws_of(seed, step, rows, len(lesson.prompts)))
-                    for names, part in _parts(lesson, draws[accelerator.process_index * batch_size :][:batch_size]):
+                    mine = draws[accelerator.process_index * batch_size :][:batch_size]
+                    for names, part in _parts(lesson, mine).items():
                         with _at_work(mixture, names), accelerator.autocast():
                             lesson.loss(part)
 
@@ -154,7 +156,7 @@ def train_images(
             while done.step < steps:
                 draws = list(draws_of(seed, done.step, rows, len(lesson.prompts)))
                 mine = draws[accelerator.process_index * batch_size :][:batch_size]
-                loss, told = _teach(mixture, lesson, mine, weight, accelerator)
+                loss, told = _teach(mixture, lesson, draws, mine, weight, accelerator)
                 if not torch.isfinite(loss):
                     raise LoraweaveError(
                         f"training: the loss at step {done.step + 1} is not finite; lower the learning rate, or train "
@@ -241,12 +243,25 @@ def draws_of(seed: int, step: int, rows: int, items: int) -> Iterator[Draw]:
         yield Draw(random.Random(f"{seed} row {n}").getrandbits(60), batch, order[n % items])
 
 
-def _parts(lesson: Lesson, draws: Sequence[Draw]) -> Iterator[tuple[tuple[str, ...] | None, list[Draw]]]:
+def _check_masks(mixture: Mixture, lesson: Lesson) -> None:
+    """Gates that share out a total give an expert left alone all of it, whatever they say."""
+    alone = [
+        p for p, names in zip(lesson.prompts, lesson.experts, strict=True) if names is not None and len(names) == 1
+    ]
+    if not alone or not getattr(mixture.policy, "normalized", False):
+        return
+    what = f"prompts: {alone[0]!r} is about one expert; under gates that share out a total there is nothing to learn"
+    if len(alone) == len(lesson.prompts):
+        raise LoraweaveError(f"{what}, and no prompt is about more; name several, or take activation 'sigmoid'")
+    warnings.warn(f"{what} from it ({len(alone)} such of {len(lesson.prompts)})", stacklevel=4)
+
+
+def _parts(lesson: Lesson, draws: Sequence[Draw]) -> dict[tuple[str, ...] | None, list[Draw]]:
     """The rows by the experts that are at work in them."""
     parts: dict[tuple[str, ...] | None, list[Draw]] = {}
     for draw in draws:
         parts.setdefault(lesson.experts[draw.item], []).append(draw)
-    yield from parts.items()
+    return parts
 
 
 @contextmanager
@@ -256,53 +271,65 @@ def _at_work(mixture: Mixture, names: tuple[str, ...] | None) -> Iterator[None]:
 
 
 def _teach(
-    mixture: Mixture, lesson: Lesson, draws: Sequence[Draw], weight: float, accelerator: Any
+    mixture: Mixture, lesson: Lesson, draws: Sequence[Draw], mine: Sequence[Draw], weight: float, accelerator: Any
 ) -> tuple[Tensor, dict[str, float]]:
-    """Forward and backward of this process's rows: the loss of all processes' rows, and what is logged.
+    """Forward and backward of this process's rows, ``mine`` of ``draws``: the loss of all rows, and what is logged.
 
     Rows with other experts at work go one after the other, each backward under its own mask: what gradient
     checkpointing computes again must find the mask that it was computed under.
     """
-    whole = {name: torch.zeros((), device=accelerator.device) for name in ("loss", "task", "entropy")}
+    whole = {name: torch.zeros((), device=accelerator.device) for name in ("loss", "task", "balance", "entropy")}
     whole["shares"] = torch.zeros(len(mixture.experts), device=accelerator.device)
-    together = all(names is None for names in lesson.experts)
-    for names, part in _parts(lesson, draws):
+    of_mine = _parts(lesson, mine)
+    for names, everywhere in _parts(lesson, draws).items():
+        part = of_mine.get(names, [])
+        share = len(part) / len(mine)
         with _at_work(mixture, names):
             with accelerator.autocast():
-                task, shares, entropy = _pass(mixture, lesson, part, accelerator if together else None)
-                kept = [mixture.experts.index(name) for name in mixture.kept]
-                loss = task + weight * balance_loss(shares[kept]) if weight else task
-            share = len(part) / len(draws)
+                if not part:
+                    _over_all(torch.zeros_like(whole["shares"]), 0.0, accelerator)
+                    continue
+                task, shares, entropy = _pass(mixture, lesson, part)
+                shares = _over_all(shares, len(part) / len(everywhere), accelerator)
+                balance = balance_loss(shares[[mixture.experts.index(name) for name in mixture.kept]])
+                loss = task + weight * balance if weight else task
             accelerator.backward(share * loss)
-        for name, value in (("loss", loss), ("task", task), ("shares", shares), ("entropy", entropy)):
+        told = {"loss": loss, "task": task, "balance": balance, "entropy": entropy, "shares": shares}
+        for name, value in told.items():
             whole[name] += share * value.detach().to(whole[name])
     if accelerator.num_processes > 1:
         whole = {name: accelerator.reduce(value, "mean") for name, value in whole.items()}
-    told = {"task_loss": float(whole["task"]), "balance_loss": float(balance_loss(whole["shares"]))}
-    told["entropy"] = float(whole["entropy"])
-    told |= {f"load/{name}": float(value) for name, value in zip(mixture.experts, whole["shares"], strict=True)}
-    return whole["loss"], told
+    logged = {"task_loss": whole["task"], "balance_loss": whole["balance"], "entropy": whole["entropy"]}
+    logged |= {f"load/{name}": value for name, value in zip(mixture.experts, whole["shares"], strict=True)}
+    return whole["loss"], {name: float(value) for name, value in logged.items()}
 
 
-def _pass(
-    mixture: Mixture, lesson: Lesson, draws: Sequence[Draw], accelerator: Any | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The task loss of some rows, each expert's mean share over all sites and rows, and the gates' mean entropy.
-
-    With an ``accelerator`` the shares are those of all processes' rows.
-    """
+def _pass(mixture: Mixture, lesson: Lesson, draws: Sequence[Draw]) -> tuple[Tensor, Tensor, Tensor]:
+    """The task loss of some rows, each expert's mean share over all sites and rows, and the gates' mean entropy."""
     sites = [site for site in mixture.sites if site.gate is not None]
     for site in sites:
         site.clear()
     task = lesson.loss(draws)
     sites = [site for site in sites if site.current is not None]
     shares = torch.stack([gates.site_shares(site).to(task.device) for site in sites]).mean(0)
-    if accelerator is not None:
-        # Of all processes in value, of this one in gradient: the mean of the gradients is then the whole batch's.
-        shares = shares + (accelerator.reduce(shares.detach().clone(), "mean") - shares.detach())
     with torch.no_grad():
         entropy = torch.stack([gates.entropy(site).to(task.device) for site in sites]).mean()
     return task, shares, entropy
+
+
+def _over_all(shares: Tensor, part: float, accelerator: Any) -> Tensor:
+    """Shares of the rows of all processes in value, of this one's in gradient: the mean of the gradients is then the
+    whole batch's.
+
+    Args:
+        shares: ``[N]``, of this process's rows.
+        part: which part of all rows these are.
+        accelerator: of the processes, which all call this.
+    """
+    if accelerator.num_processes == 1:
+        return shares
+    whole: Tensor = accelerator.reduce(part * shares.detach(), "sum")
+    return shares + (whole - shares.detach())
 
 
 def _fingerprint(lesson: Lesson) -> str:
