@@ -156,6 +156,10 @@ def test_outcomes_put_together() -> None:
     ("change", "why"),
     [
         ("compare={sum: {per_task: true}}", "compare.sum.per_task: 'sum' learns nothing, for one task or for all"),
+        ("compare={m: {name: merged, per_task: true}}", "compare.m.per_task: 'merged' learns nothing"),
+        ("compare={r: {name: random, per_task: true}}", "compare.r.per_task: 'random' learns nothing"),
+        ("compare={sum: {name: cat, per_task: true}}", "compare.sum: this is what the plain sum is called"),
+        ("compare={sum: {name: fresh_lora}}", "compare.sum: this is what the plain sum is called"),
         ("data.tasks.colour.train=null", "compare.mole.per_task: nothing to learn task 'colour' from"),
     ],
 )

@@ -97,6 +97,18 @@ def test_only_what_is_new_is_measured(out: Path, recipe: Path, measured: list[st
     assert (out / "weights.json").read_text() == before
 
 
+def test_fresh_cells_are_measured_anew(recipe: Path, tmp_path: Path) -> None:
+    """The same cells by name, from gates that another version may have trained otherwise."""
+    fit = ["compare", str(recipe), "-o", str(tmp_path / "out"), "compare={mole: {}}", "train.seeds=[0]"]
+    assert main(fit) == 0
+    path = tmp_path / "out" / "weights.json"
+    found = json.loads(path.read_text())
+    (task, *_) = panels = found["methods"]["mole"]["panels"]
+    path.write_text(json.dumps(found | {"methods": {"mole": found["methods"]["mole"] | {"panels": {task: {}}}}}))
+    assert main([*fit, "--fresh"]) == 0
+    assert json.loads(path.read_text())["methods"]["mole"]["panels"].keys() == panels.keys()
+
+
 def test_without_gates_the_kept_method_alone_is_shown(recipe: Path, tmp_path: Path) -> None:
     assert main(["compare", str(recipe), "-o", str(tmp_path / "out"), "compare={linear: {}, sum: {}}"]) == 0
     found = json.loads((tmp_path / "out" / "weights.json").read_text())

@@ -201,6 +201,20 @@ def test_what_cannot_be_reported_is_said(tmp_path: Path) -> None:
     assert not (run / "report.html").exists()
 
 
+def test_damage_beside_the_results_is_said_too(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run")
+    weights = json.loads((run / "weights.json").read_text())
+    panels = weights["panels"]
+    (run / "weights.json").write_text(json.dumps(weights | {"panels": panels | {"nli": {}}}))
+    with pytest.raises(LoraweaveError, match="panels of .* have different sites"):
+        render(run)
+    (run / "weights.json").write_text(json.dumps(weights))
+    path = next(path for path in (run / "cells").glob("*.json") if '"step"' in path.read_text())
+    path.write_text(re.sub(r'"step": [0-9.]+', '"step": 1e400', path.read_text()))
+    with pytest.raises(LoraweaveError, match="not what 'compare' of this version writes .OverflowError"):
+        render(run)
+
+
 def test_cells_are_read_from_the_run_alone(tmp_path: Path) -> None:
     """Names of cells come from a file; they must not lead out of the folder."""
     run = run_folder(tmp_path / "run")

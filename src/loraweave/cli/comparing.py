@@ -60,8 +60,10 @@ def compare(
         raise LoraweaveError(
             f"--fresh with several processes: one would remove what another makes; empty {place} first"
         )
-    if fresh and (place / CELLS).exists():
-        shutil.rmtree(place / CELLS)
+    if fresh:
+        (place / WEIGHTS).unlink(missing_ok=True)
+        if (place / CELLS).exists():
+            shutil.rmtree(place / CELLS)
     started = time.perf_counter()
     contest = Contest(recipe, Cells(place / CELLS), process)
     if process.main:

@@ -13,6 +13,9 @@ from loraweave.policies.lorahub import LoRAHub
 from loraweave.recipe import Contender, Contestant, Recipe
 from loraweave.training import learn
 
+PLAIN = "sum"
+"""What is kept where nothing that takes part is one mixture."""
+
 
 def contenders_of(recipe: Recipe, reserved: Sequence[str]) -> dict[str, Contender]:
     """Label -> contender: the recipe's or, where it does not say, the sum, the average, and its own method.
@@ -36,6 +39,8 @@ def contenders_of(recipe: Recipe, reserved: Sequence[str]) -> dict[str, Contende
             )
         if label in reserved or label.startswith(SINGLE):
             raise LoraweaveError(f"compare.{label}: every comparison has such a row; choose another label")
+        if label == PLAIN != contender.method.name and not is_one_mixture(contender):
+            raise LoraweaveError(f"compare.{label}: this is what the plain sum is called; choose another label")
     if recipe.compare:
         return dict(recipe.compare)
     plain = {name: Contender(method=Contestant(name=name)) for name in ("sum", "linear")}
@@ -55,7 +60,7 @@ def takes_part(
         recipe: for its data.
 
     Returns:
-        Whether it learns from examples, and so hangs on a seed.
+        Whether it hangs on a seed: it learns from examples, or draws at random.
 
     Raises:
         LoraweaveError: it cannot take part: with these experts, on this model, without a package, or with this data.
@@ -63,17 +68,16 @@ def takes_part(
     try:
         method = contender.method.policy()
         if contender.method.name in YARDSTICKS:
-            method.check(Ground(mixture, experts))
-            learning = True
+            learning, seeded = method.check(Ground(mixture, experts)), True
         else:
             mixture.policy = method
             learn.check(mixture)
-            learning = learn.learns(mixture)
+            learning = seeded = learn.learns(mixture)
     except LoraweaveError as error:
         raise LoraweaveError(f"compare.{label}: {error}") from error
     if contender.per_task:
         _check_tasks(label, contender.method.name, learning, recipe)
-    return learning
+    return seeded
 
 
 def is_one_mixture(contender: Contender) -> bool:

@@ -15,7 +15,7 @@ import loraweave as lw
 from loraweave.cli import building
 from loraweave.cli.answering import Outcome, answered, together
 from loraweave.cli.building import TestSet
-from loraweave.cli.contenders import contenders_of, is_one_mixture, takes_part
+from loraweave.cli.contenders import PLAIN, contenders_of, is_one_mixture, takes_part
 from loraweave.cli.processes import Process
 from loraweave.evaluation.cells import FORMAT, Cell, Cells, hash_base, hash_examples, hash_expert
 from loraweave.evaluation.comparison import retention, single
@@ -83,7 +83,7 @@ class Contest:
         self.experts = {expert.name: expert for expert in resolve_experts(recipe.sources())}
         self.model, self.tokenizer = building.load_base(recipe.base)
         self._attached: lw.Mixture | None = None
-        self.kept = "sum"
+        self.kept = PLAIN
         self.jobs = list(self._list_jobs())
 
     @property
@@ -198,11 +198,11 @@ class Contest:
         for label, contender in self.contenders.items():
             # The order is identity, and JSON keys have none.
             own = {"experts": experts, "order": list(experts), "method": contender.method.model_dump()}
-            learning = takes_part(label, contender, self.mixture, self.experts, self.recipe)
+            seeded = takes_part(label, contender, self.mixture, self.experts, self.recipe)
             if is_one_mixture(contender):
                 mixed.append(label)
                 gated += [label] if any(True for _ in self.mixture.gate_parameters()) else []
-            for seed in self.seeds if learning else (None,):
+            for seed in self.seeds if seeded else (None,):
                 key = {**common, **own}
                 if seed is not None:
                     key["train"] = self._options(label, contender, seed)
@@ -211,7 +211,7 @@ class Contest:
                         rows = self._training_by_task(seed)
                         key |= {"examples": {task: hash_examples(rows[task]) for task in self.tests}, "per_task": True}
                 yield Job(label, seed, key, partial(self._contend, label, contender, seed))
-        self.kept = next(iter([*gated, *mixed]), "sum")
+        self.kept = next(iter([*gated, *mixed]), PLAIN)
 
     def _contend(self, label: str, contender: Contender, seed: int | None) -> Outcome:
         if seed is None:

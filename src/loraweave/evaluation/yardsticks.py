@@ -93,8 +93,9 @@ class Yardstick(Protocol):
     @property
     def name(self) -> str: ...
 
-    def check(self, ground: Ground) -> None:
-        """Raise :class:`LoraweaveError` now where :meth:`contest` would, whatever the data."""
+    def check(self, ground: Ground, /) -> bool:
+        """Whether it learns from examples; a :class:`LoraweaveError` now where :meth:`contest` would raise it, whatever
+        the data."""
 
     def contest(self, setting: Setting) -> AbstractContextManager[Ready]:
         """Make ready; when the block ends, the setting's model is bare again."""
@@ -136,8 +137,9 @@ class FreshLoRA:
             checks.whole(self.name, "rank", self.rank)
         checks.finite(self.name, "learning_rate", self.learning_rate, above=0)
 
-    def check(self, ground: Ground) -> None:
-        """Any experts will do."""
+    def check(self, _: Ground, /) -> bool:
+        """It learns, and any experts will do."""
+        return True
 
     def stand_ins(self, setting: Setting) -> tuple[dict[str, Expert], Policy]:
         targets = list(dict.fromkeys(path for expert in setting.experts.values() for path in expert.factors))
@@ -163,12 +165,13 @@ class RandomLoRAs:
     def __post_init__(self) -> None:
         registry.from_dict(self.method)
 
-    def check(self, ground: Ground) -> None:
+    def check(self, ground: Ground, /) -> bool:
         """Random LoRAs have the shapes of the experts, so what can mix these can mix those."""
         from loraweave.training import learn
 
         ground.mixture.policy = registry.from_dict(self.method)
         learn.check(ground.mixture)
+        return learn.learns(ground.mixture)
 
     def stand_ins(self, setting: Setting) -> tuple[dict[str, Expert], Policy]:
         generator = torch.Generator().manual_seed(setting.seed)
@@ -184,8 +187,9 @@ class BestSingle:
 
     name: ClassVar[str] = "best_single"
 
-    def check(self, ground: Ground) -> None:
-        """Any experts will do."""
+    def check(self, _: Ground, /) -> bool:
+        """It learns, and any experts will do."""
+        return True
 
     def stand_ins(self, setting: Setting) -> tuple[dict[str, Expert], Policy]:
         from loraweave.evaluation.scoring import evaluating
@@ -239,10 +243,12 @@ class Merged:
         given = dict(self.transform)
         return transforms.build(str(given.pop("name", None)), given)
 
-    def check(self, ground: Ground) -> None:
+    def check(self, ground: Ground, /) -> bool:
+        """Of one strength there is nothing to learn."""
         from loraweave.transforms.merge import check_merge
 
         check_merge(list(ground.experts.values()), self._built())
+        return len(self.strengths) > 1
 
     def stand_ins(self, setting: Setting) -> tuple[dict[str, Expert], Policy]:
         from loraweave.evaluation.scoring import evaluating
@@ -304,10 +310,12 @@ class XLoRA:
         checks.whole(self.name, "depth", self.depth)
         checks.finite(self.name, "scale", self.scale)
 
-    def check(self, ground: Ground) -> None:
+    def check(self, ground: Ground, /) -> bool:
+        """It learns."""
         from loraweave.integrations.xlora import check
 
         check(ground.mixture.model, ground.experts)
+        return True
 
     @contextmanager
     def contest(self, setting: Setting) -> Iterator[Ready]:

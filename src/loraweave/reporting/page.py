@@ -76,7 +76,10 @@ def render(run: Path) -> str:
     )
     environment.filters["breakable"] = _breakable
     page = environment.get_template("page.html.j2")
-    return page.render(title=run.resolve().name, runs=runs, scaling=scaling(comparisons))
+    try:
+        return page.render(title=run.resolve().name, runs=runs, scaling=scaling(comparisons))
+    except (jinja2.UndefinedError, TypeError, ValueError, ArithmeticError) as error:
+        raise LoraweaveError(f"{run}: holds what this version does not write ({error}); make it anew") from error
 
 
 def _folders(run: Path) -> list[Path]:
@@ -125,7 +128,7 @@ def _made(path: Path, command: str, part: Callable[[], Mapping[str, Any]]) -> di
     except LoraweaveError as error:
         named = str(path.parent) in str(error)
         raise error if named else LoraweaveError(f"{path}: {error}") from error
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise LoraweaveError(
             f"{path}: not what {command!r} of this version writes ({type(error).__name__}: {error})"
         ) from error

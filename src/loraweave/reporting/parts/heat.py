@@ -42,6 +42,8 @@ def _method(method: str, panels: Mapping[str, Mapping[str, Sequence[float]]], ex
     top = max(map(abs, values), default=0.0) or 1.0
     drawn = len(values) > _CELLS
     sites = list(next(iter(panels.values()), {}))
+    if any(list(of_sites) != sites for of_sites in panels.values()):
+        raise ValueError(f"panels of {method} have different sites")
     return {
         "method": method,
         "panels": [

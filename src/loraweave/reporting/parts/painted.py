@@ -54,7 +54,7 @@ def _scores(found: Mapping[str, Any]) -> dict[str, Any]:
     for method, of in found["distinctness"].items():
         table[method] |= {"distinctness": of["mean"], "all": of["all"]}
     names = list(dict.fromkeys(name for scores in table.values() for name in scores))
-    costs = {method: of["train_seconds"] for method, of in (found.get("costs") or {}).items()}
+    costs = {method: float(of["train_seconds"]) for method, of in (found.get("costs") or {}).items()}
     rows = []
     for method, scores in table.items():
         cells = []
