@@ -129,7 +129,8 @@ def _jobs(testbed: Testbed, one: CompositionSet, places: Mapping[str, str], out:
         for number, prompt in enumerate(prompts):
             for seed in testbed.seeds:
                 extra = f"--{number}" if len(prompts) > 1 else ""
-                row = f"{one.id}{extra}" + (f"--{seed}" if len(testbed.seeds) > 1 else "")
+                # The seed always: with more or other seeds, what is there must neither be lost nor pass for another's.
+                row = f"{one.id}{extra}--{seed}"
                 jobs.append(_Job(row, method, prompt, seed, out / place / f"{row.replace(' ', '_')}.png"))
     return jobs
 

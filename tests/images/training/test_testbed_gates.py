@@ -89,11 +89,11 @@ def test_gates_are_those_of_loraweave_train_and_are_trained_once(
     ours, theirs = pictures(out), pictures(tmp_path / "saved")
     assert len(theirs) == 3
     assert all(ours[path] == theirs[path] for path in theirs)
-    assert ours["gated/hero+coat.png"] != ours["merge/hero+coat.png"]
+    assert ours["gated/hero+coat--0.png"] != ours["merge/hero+coat--0.png"]
     # The same again does nothing; a lost picture is painted, and gates that no picture needs are not missed.
     done = len(steps)
     capsys.readouterr()
-    (out / "gated" / "hero.png").unlink()
+    (out / "gated" / "hero--0.png").unlink()
     assert main(bed(place, out)) == 0
     shutil.rmtree(out / "gates")
     assert main(bed(place, out)) == 0
@@ -188,7 +188,7 @@ def test_strength_holds_in_training_and_afterwards(place: Path, tmp_path: Path) 
         start = torch.Generator().manual_seed(0)
         call = {"num_inference_steps": 1, "height": 16, "width": 16}
         direct = mixture.pipeline("hero, coat", **call, generator=start).images[0]
-        pictured[strength] = pictures(out)["gated/hero+coat.png"]
+        pictured[strength] = pictures(out)["gated/hero+coat--0.png"]
         assert pictured[strength] == direct.tobytes()
     assert pictured[1] != pictured[0.5]
     first, second = (load_file(tmp_path / s / "gates" / "gated" / "gates.safetensors") for s in ("1", "0.5"))
@@ -215,7 +215,7 @@ def test_what_training_took_stands_beside_the_scores(place: Path, tmp_path: Path
 def test_the_recipes_own_method_is_trained_where_nothing_is_compared(place: Path, tmp_path: Path) -> None:
     assert main(bed(place, tmp_path, "--set", "hero", "compare={}", "method=cat")) == 0
     assert (tmp_path / "gates" / "cat" / "gates.safetensors").is_file()
-    assert (tmp_path / "cat" / "hero.png").is_file()
+    assert (tmp_path / "cat" / "hero--0.png").is_file()
 
 
 @pytest.mark.parametrize(
