@@ -74,6 +74,8 @@ def paint(
         print(f"{len(chosen)} sets by {', '.join(ways)}: {total} pictures, {total - left} of them there already")
         lacking = [course for label, course in taught.items() if label in unpainted and not course.done()]
         for course in lacking:
+        for course in lacking:
+            course.check(room.mixture)  # all of them, before hours of the first one's training
             course.train(room.mixture)
     ways |= {label: Way(ways[label].policy, course.place) for label, course in taught.items()}
     if left:

@@ -148,8 +148,24 @@ def test_an_interrupted_test_bed_goes_on(
     assert main(bed(place, out, "--set", "hero")) == 130
     kept = out / "gates" / "gated.unfinished"
     assert f"kept step 1 in {kept}; the same command goes on from there" in capsys.readouterr().err
-    assert main(bed(place, out, "--set", "hero", "train.seeds=[9]")) == 2
-    assert "this run had seed=5, got 9; go on with the same, or remove the folder" in capsys.readouterr().err
+    others = {
+        "train.seeds=[9]": "train.seed",
+        "compare.gated.scale=2": "method.scale",
+        "testbed.strength=0.5": "strength",
+        "images.sample_every=2": "images.sample_every",
+    }
+    for other, name in others.items():
+        assert main(bed(place, out, "--set", "hero", other)) == 2
+        said = f"{kept}: this training was begun with other settings ({name}); go on with the same, or remove the"
+        assert said in capsys.readouterr().err
+    begun = json.loads((kept / "begun.json").read_text())
+    (kept / "begun.json").write_text(json.dumps(begun | {"files": begun["files"] | {"hero": "another file's"}}))
+    assert main(bed(place, out, "--set", "hero")) == 2
+    assert "begun with other settings (files.hero); go on" in capsys.readouterr().err
+    (kept / "begun.json").unlink()
+    assert main(bed(place, out, "--set", "hero")) == 2
+    assert f"{kept}: cannot read by what its training was begun" in capsys.readouterr().err
+    (kept / "begun.json").write_text(json.dumps(begun))
     assert main(bed(place, out, "--set", "hero")) == 0
     assert len(steps) == 6
     assert pictures(out) == pictures(whole)
