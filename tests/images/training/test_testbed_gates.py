@@ -253,6 +253,9 @@ def test_the_recipes_own_method_is_trained_where_nothing_is_compared(place: Path
         ("compare.shifts={svdiff: {hero: nowhere.safetensors, coat: nowhere.safetensors}}", "compare.shifts: "),
         ("compare.gates={name: sum}", "compare.gates: the folder 'gates' is for gates; choose another label"),
         ("compare.gated?={name: sum}", "its pictures would go into the folder of"),
+        ("compare={..: {name: sum}}", "compare: the label '..' makes no name of a folder; choose another"),
+        ("compare={.: {name: sum}}", "compare: the label '.' makes no name of a folder"),
+        ("compare={'': {name: sum}}", "compare: the label '' makes no name of a folder"),
     ],
 )
 def test_mistakes_show_before_anything_is_trained(
