@@ -254,8 +254,10 @@ def test_references_may_be_bundled(recipe: Path, sets: Any, tmp_path: Path, caps
         own[name] = float(seen @ images.references()[reference])
         assert found[f"image_alignment_{name}"] == pytest.approx(own[name], abs=1e-6)
     assert found["image_alignment"] == pytest.approx(sum(own.values()) / 2, abs=1e-6)
-    # The folder is the same model as its name.
-    assert main([*bed, "--clip", str(images.clip_path("clip-metrics"))]) == 0
+    # The folder is the same model as its name; and no label is markup.
+    label = "compare={'[/x]': {name: sum}}"
+    assert main([*bed, label, "--clip", str(images.clip_path("clip-metrics"))]) == 0
+    assert "[/x]" in capsys.readouterr().out
     read = load_recipe(recipe, bundled)
     assert {n.state for n in needs(read, recipe.parent) if n.what.endswith("references")} == {"bundled"}
 

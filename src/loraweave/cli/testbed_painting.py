@@ -13,6 +13,7 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from tqdm import tqdm
 
 from loraweave import persistence
@@ -74,8 +75,8 @@ def paint(
         print(f"{len(chosen)} sets by {', '.join(ways)}: {total} pictures, {total - left} of them there already")
         lacking = [course for label, course in taught.items() if label in unpainted and not course.done()]
         for course in lacking:
-        for course in lacking:
             course.check(room.mixture)  # all of them, before hours of the first one's training
+        for course in lacking:
             course.train(room.mixture)
     ways |= {label: Way(ways[label].policy, course.place) for label, course in taught.items()}
     if left:
@@ -101,12 +102,12 @@ def _score(
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("")
     for method in found["scores"]:
-        table.add_column(method, justify="right")
+        table.add_column(Text(method), justify="right")
     rows = {name: [of[name] for of in found["scores"].values()] for name in next(iter(found["scores"].values()))}
     if found["distinctness"]:
         rows["distinctness"] = [of["mean"] for of in found["distinctness"].values()]
     for name, values in rows.items():
-        table.add_row(name, *(f"{value:.3f}" for value in values))
+        table.add_row(Text(name), *(f"{value:.3f}" for value in values))
     console.print(table)
     if (beside := published_table(results)) is not None:
         console.print(beside)
