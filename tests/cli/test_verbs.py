@@ -184,10 +184,14 @@ def test_evaluate_scores_every_task(run: Run, mixture: Path, recipe: Path, tmp_p
     assert result["versions"]["loraweave"]
 
 
-def test_evaluate_takes_a_file_or_a_recipe(run: Run, mixture: Path, recipe: Path, world: Path) -> None:
+def test_evaluate_takes_a_file_or_a_recipe(run: Run, mixture: Path, recipe: Path, world: Path, tmp_path: Path) -> None:
     one = json.loads(run("evaluate", mixture, "--data", world / "size.jsonl", "--metric", "rouge1", "--json"))
     assert one["tasks"].keys() == {"size"}
     assert one["tasks"]["size"]["metric"] == "rouge1"
+    named = f"{{'[/x]': {{test: {world / 'size.jsonl'}}}}}"
+    odd = tmp_path / "odd.yaml"
+    odd.write_text(recipe.read_text().split("data:")[0] + f"data: {{tasks: {named}}}\n")
+    assert "[/x]" in run("evaluate", mixture, "--data", odd)
     whole = json.loads(run("evaluate", recipe, "--json"))
     assert whole["tasks"].keys() == {"colour", "size"}
     assert whole["generation"]["max_new_tokens"] == 3

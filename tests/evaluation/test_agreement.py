@@ -136,6 +136,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert said.count("0.800") == 2
     assert main(["agree", str(path), "people", "judge", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["judge"]["kendall"] == pytest.approx(0.6)
+    path.write_text("people,[/x]\n1,2\n2,1\n3,3\n")
+    for reference in ("people", "[/x]"):
+        assert main(["agree", str(path), reference]) == 0
+        assert "[/x]" in capsys.readouterr().out
+    path.write_text("people,note\n1,x\n2,y\n")
+    assert main(["agree", str(path), "people"]) == 2
+    assert "nothing to compare with 'people': no other column has a number in every row" in capsys.readouterr().err
     assert main(["agree", str(tmp_path / "none.csv"), "people"]) == 2
     assert "no such table" in capsys.readouterr().err
 

@@ -114,12 +114,12 @@ def test_sets_of_a_test_bed(recipe: Path, sets: Any, tmp_path: Path, capsys: pyt
     for other, labels in (("coat", ("words", "booth", "shifts")), ("ink", ("words", "fused"))):
         own = {name: halves[name] for name in ("hero", other)}
         for label in labels:
-            painted = Image.open(tmp_path / label / f"hero+{other}.png").tobytes()
+            painted = Image.open(tmp_path / label / f"hero+{other}--0.png").tobytes()
             assert painted == by_hand(recipe, label, f"hero, {other}", own, 0), (label, other)
     row = json.loads((tmp_path / "pictures.jsonl").read_text().splitlines()[0])
     assert row["prompt"] == "hero, coat"  # what all of them are judged by
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.png")}
-    (tmp_path / "shifts" / "hero+ink.png").unlink()
+    (tmp_path / "shifts" / "hero+ink--0.png").unlink()
     assert main(["testbed", str(recipe), "-o", str(tmp_path)]) == 0
     assert sum(path.stat().st_mtime_ns != time for path, time in before.items()) == 1
     save_file({"a": random(2, 16, seed=5)}, tmp_path / "hero.safetensors")

@@ -59,7 +59,7 @@ def test_sets_are_painted_once(recipe: Path, sets: Any, tmp_path: Path, capsys: 
     assert main(["testbed", str(recipe), "-o", str(tmp_path)]) == 0
     assert "2 sets by merge, switch: 4 pictures, 0 of them there already" in capsys.readouterr().out
     rows = read_pictures(tmp_path / "pictures.jsonl")
-    assert [row.id for row in rows] == [f"{first}+{second}", f"{first}+{third}"]
+    assert [row.id for row in rows] == [f"{first}+{second}--0", f"{first}+{third}--0"]
     assert rows[0].elements[1].features == ("coat",)
     shown = {path: path.read_bytes() for row in rows for path in row.pictures.values()}
     assert len(shown) == len(set(shown.values())) == 4
@@ -75,6 +75,21 @@ def test_sets_are_painted_once(recipe: Path, sets: Any, tmp_path: Path, capsys: 
     assert "painted with other settings" in capsys.readouterr().err
 
 
+def test_other_seeds_make_other_pictures_and_more_keep_those_there(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def rows(seeds: str, there: str) -> dict[int, bytes]:
+        assert main(["testbed", str(recipe), "-o", str(tmp_path), "--limit", "1", "compare=[sum]", seeds]) == 0
+        assert f"{there} of them there already" in capsys.readouterr().out
+        found = [json.loads(line) for line in (tmp_path / "pictures.jsonl").read_text().splitlines()]
+        return {row["seed"]: (tmp_path / row["pictures"]["sum"]).read_bytes() for row in found}
+
+    five = rows("testbed.seeds=[5]", "1 pictures, 0")
+    seven = rows("testbed.seeds=[7]", "1 pictures, 0")
+    assert five[5] != seven[7]
+    assert rows("testbed.seeds=[5,7]", "2 pictures, 2") == five | seven
+
+
 def test_a_picture_is_what_the_library_paints(recipe: Path, sets: Any, tmp_path: Path) -> None:
     """Strength 0.5 on both experts of a sum: the same as the sum at weight 0.5."""
     from diffusers import DDIMScheduler
@@ -82,7 +97,7 @@ def test_a_picture_is_what_the_library_paints(recipe: Path, sets: Any, tmp_path:
     files = sets("sd15").files
     first, second, _ = files
     assert main(["testbed", str(recipe), "-o", str(tmp_path), "--set", f"{first}+{second}", "compare=[sum]"]) == 0
-    painted = Image.open(tmp_path / "sum" / f"{first}+{second}.png")
+    painted = Image.open(tmp_path / "sum" / f"{first}+{second}--0.png")
     pipe = load_pipeline(str(recipe.parent / "base"), "DiffusionPipeline")
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     lw.attach(pipe, {name: str(files[name]) for name in (first, second)}, lw.Sum(0.5))
@@ -142,12 +157,12 @@ def test_trained_gates_paint_every_set_with_the_other_experts_masked(
     assert main(["testbed", str(recipe), "-o", str(tmp_path), *compare]) == 0
     painted = {}
     for one, prompt in (((first, second), "hero, coat"), ((first, third), "hero, hat")):
-        painted[one] = Image.open(tmp_path / "gated" / f"{'+'.join(one)}.png").tobytes()
+        painted[one] = Image.open(tmp_path / "gated" / f"{'+'.join(one)}--0.png").tobytes()
         with mixture.only(*one):
             start = torch.Generator().manual_seed(0)
             direct = pipe(prompt, num_inference_steps=2, width=16, height=16, generator=start).images[0]
         assert painted[one] == direct.tobytes()
-        assert painted[one] != Image.open(tmp_path / "mean" / f"{'+'.join(one)}.png").tobytes()
+        assert painted[one] != Image.open(tmp_path / "mean" / f"{'+'.join(one)}--0.png").tobytes()
     # Other gates in the same folder are another method.
     next(iter(mixture.gate_parameters()))[1].data.add_(1.0)
     mixture.save_pretrained(recipe.parent / "gated")
@@ -190,7 +205,7 @@ def test_painted_pictures_are_scored(
     names = {"hero, coat": f"{first}+{second}", "hero, hat": f"{first}+{third}"}
     references = [Image.open(path) for path in sorted((tmp_path / "references").iterdir())]
     for method in ("merge", "switch"):
-        painted = {prompt: Image.open(out / method / f"{name}.png") for prompt, name in names.items()}
+        painted = {prompt: Image.open(out / method / f"{name}--0.png") for prompt, name in names.items()}
         texts = [text_alignment(looks, [picture], [prompt])[0] for prompt, picture in painted.items()]
         alike = [image_alignment(looks, [painted["hero, coat"]], [one])[0] for one in references]
         assert found["scores"][method] == {
@@ -235,12 +250,14 @@ def test_references_may_be_bundled(recipe: Path, sets: Any, tmp_path: Path, caps
     found = json.loads((tmp_path / "out" / "alignment.json").read_text())["scores"]["sum"]
     looks, own = Clip(metrics), {}
     for name, reference in ((second, "faerie"), (third, "acid")):
-        seen = looks.pictures([Image.open(tmp_path / "out" / "sum" / f"{first}+{name}.png")])[0]
+        seen = looks.pictures([Image.open(tmp_path / "out" / "sum" / f"{first}+{name}--0.png")])[0]
         own[name] = float(seen @ images.references()[reference])
         assert found[f"image_alignment_{name}"] == pytest.approx(own[name], abs=1e-6)
     assert found["image_alignment"] == pytest.approx(sum(own.values()) / 2, abs=1e-6)
-    # The folder is the same model as its name.
-    assert main([*bed, "--clip", str(images.clip_path("clip-metrics"))]) == 0
+    # The folder is the same model as its name; and no label is markup.
+    label = "compare={'[/x]': {name: sum}}"
+    assert main([*bed, label, "--clip", str(images.clip_path("clip-metrics"))]) == 0
+    assert "[/x]" in capsys.readouterr().out
     read = load_recipe(recipe, bundled)
     assert {n.state for n in needs(read, recipe.parent) if n.what.endswith("references")} == {"bundled"}
 

@@ -192,13 +192,15 @@ def test_the_command(
     monkeypatch.setenv("LORAWEAVE_JUDGE_KEY", KEY)
     monkeypatch.setenv("COLUMNS", "120")
     served.usual = honest(served)
-    out = tmp_path / "out"
-    assert main(command(pictures, out, served, "--methods", "switch", "merge", "--price", "2.5", "10")) == 0
+    out = tmp_path / "[" / "x]"  # no markup in a place, nor in a name
+    pictures.write_text(pictures.read_text().replace('"merge"', '"[/x]"'))
+    assert main(command(pictures, out, served, "--methods", "switch", "[/x]", "--price", "2.5", "10")) == 0
     said = capsys.readouterr().out
     assert "2 pairs in both orders: 4 questions, 0 of them answered before" in said
     assert "to ask: 4 calls with 8 pictures" in said
     assert "price: about 0.0" in said
-    assert "switch / merge" in said
+    assert "switch / [/x]" in said
+    assert f"{out / 'scores.jsonl'}: a score per picture" in said
     results = json.loads((out / "judgement.json").read_text())
     assert results["pairs"][0]["composition"]["wins"] == 1.0
     rows = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]

@@ -77,6 +77,11 @@ def test_sets_and_prompts() -> None:
     assert whole.seeds == (0, 1, 2)
 
 
+def about(*names: str) -> dict[str, Any]:
+    """What the recipe says of no text data but of a prompt about some of the experts."""
+    return {"data": {}, "images": {"objective": "clip", "clip": "c", "prompts": [{"text": "it", "experts": names}]}}
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -88,6 +93,11 @@ def test_sets_and_prompts() -> None:
         (bed(prompts=["{hero}"], sizes=[1]), "not in every set"),
         (bed(prompts=["{"]), "write {triggers}"),
         (bed(seeds=[1, 1]), "one comes twice"),
+        (
+            bed(elements={"hero": HERO}) | about("coat"),
+            "images.prompts: unknown element of the test bed 'coat' (known: hero)",
+        ),
+        (bed() | about("cape"), "images.prompts: unknown expert 'cape'"),
         (bed(elements={"hero+coat": COAT}), "elements.hero+coat: '+' and '--' join names here"),
         (bed(elements={"hero--1": COAT}), "elements.hero--1: '+' and '--' join names here"),
         (bed(elements={"a hat": HAT, "a_hat": COAT}), "pictures of 'a hat' and 'a_hat' would share files"),

@@ -20,6 +20,7 @@ def _run(options: argparse.Namespace) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from loraweave.evaluation.agreement import agreement, read_table
 
@@ -29,13 +30,14 @@ def _run(options: argparse.Namespace) -> None:
         print(json.dumps(found, indent=2))
         return
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column(f"with {options.reference}")
+    table.add_column(Text(f"with {options.reference}"))
     for name in ("Pearson", "Spearman", "Kendall", "rows"):
         table.add_column(name, justify="right")
     for name, of in found.items():
         values = (of[key] for key in ("pearson", "spearman", "kendall"))
         # All of the column is equal.
-        table.add_row(name, *("undefined" if value is None else f"{value:.3f}" for value in values), str(of["n"]))
+        shown = ("undefined" if value is None else f"{value:.3f}" for value in values)
+        table.add_row(Text(name), *shown, str(of["n"]))
     Console().print(table)
 
 

@@ -79,6 +79,7 @@ def _show(rows: Mapping[str, Mapping[str, Any]]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     if not rows:
         raise LoraweaveError("nothing was evaluated")
@@ -86,7 +87,7 @@ def _show(rows: Mapping[str, Mapping[str, Any]]) -> None:
     for name in ("task", "metric", "score", "items", "seconds"):
         table.add_column(name, justify="left" if name in ("task", "metric") else "right")
     for name, row in rows.items():
-        table.add_row(name, row["metric"], f"{row['score']:.1f}", str(row["n"]), f"{row['seconds']:.1f}")
+        table.add_row(Text(name), row["metric"], f"{row['score']:.1f}", str(row["n"]), f"{row['seconds']:.1f}")
     if len(rows) > 1:
         table.add_section()
         mean = sum(row["score"] for row in rows.values()) / len(rows)

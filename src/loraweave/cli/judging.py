@@ -12,6 +12,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from loraweave.errors import LoraweaveError
 from loraweave.evaluation.judges.answers import FOLDER, Answers
@@ -67,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
     show(console, counted)
     written = [(RESULTS, "every number"), (SCORES, "a score per picture")] if counted["answered"] else []
     for name, what in (*written, (FOLDER, "every answer in full")):
-        console.print(f"{Path(options.out) / name}: {what}", highlight=False, soft_wrap=True)
+        console.print(f"{Path(options.out) / name}: {what}", markup=False, highlight=False, soft_wrap=True)
     if counted["open"]:
         raise LoraweaveError(
             f"{counted['open']} of {len(asked)} questions are open, the server gave no answer; "
@@ -107,7 +108,7 @@ def show(console: Console, counted: dict[str, Any]) -> None:
             shares = [_text(of[key], percent=True) for key in ("wins", "ties", "losses")]
             name = "" if number else f"{row['a']} / {row['b']}"
             pairs_ = "" if number else str(row["counted"])
-            table.add_row(name, dimension, _text(of["a"]), _text(of["b"]), *shares, pairs_, end_section=last)
+            table.add_row(Text(name), dimension, _text(of["a"]), _text(of["b"]), *shares, pairs_, end_section=last)
     console.print(table)
     for dimension, of in counted["position"].items():
         if of["bias"] is not None:

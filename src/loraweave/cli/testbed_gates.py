@@ -27,8 +27,12 @@ from loraweave.policies import Sum
 from loraweave.recipe import Contender, Contestant, Method, Recipe
 from loraweave.recipe.images import Images
 from loraweave.recipe.testbeds import Testbed
+from loraweave.training.images.checkpoints import whole
 from loraweave.training.images.train import SAMPLES
 from loraweave.training.learn import learns
+
+BEGUN = "begun.json"
+"""Beside checkpoints: by what the gates are trained."""
 
 
 @dataclass(frozen=True)
@@ -81,18 +85,36 @@ class Course:
             )
         return True
 
+    def check(self, mixture: Mixture) -> None:
+        """Raise :class:`LoraweaveError` if an interrupted training of these gates was begun with other settings."""
+        kept = unfinished(self.place)
+        if not whole(kept):
+            return
+        try:
+            before = _flat(json.loads((kept / BEGUN).read_text(encoding="utf-8")))
+        except (OSError, ValueError, AttributeError) as error:
+            raise LoraweaveError(f"{kept}: cannot read by what its training was begun ({error}); remove it") from error
+        now = _flat(json.loads(json.dumps(self._begun(mixture))))
+        if others := [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]:
+            raise LoraweaveError(
+                f"{kept}: this training was begun with other settings ({', '.join(others)}); go on with the same, or "
+                "remove the folder"
+            )
+
     def train(self, mixture: Mixture) -> None:
         """Train the gates and save them; an interrupted run goes on from its last checkpoint.
 
         Raises:
-            LoraweaveError: several processes were started, or see :func:`loraweave.train_images`.
+            LoraweaveError: several processes were started, or see :meth:`check` and :func:`loraweave.train_images`.
         """
         if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
             raise LoraweaveError(
                 f"compare.{self.label}: a test bed trains in one process, got {processes}; let them share "
                 f"'loraweave train', and name what it saves: compare.{self.label}: {{saved: FOLDER}}"
             )
+        self.check(mixture)
         kept, method, experts = unfinished(self.place), self.recipe.method, self.recipe.names
+        write_json_atomic(kept / BEGUN, self._begun(mixture))
         print(f"{self.label}: training gates ({method.name}) over {', '.join(experts)}", flush=True)
         mixture.policy = method.policy()
         progress = f"training {self.label}" if sys.stderr.isatty() else False
@@ -115,6 +137,18 @@ class Course:
 
     def _saved_recipe(self) -> dict[str, Any]:
         return self.recipe.to_dict() | ({} if self.strength == 1 else {"strength": self.strength})
+
+    def _begun(self, mixture: Mixture) -> dict[str, Any]:
+        files = {expert.name: expert.sha256 for expert in mixture.sources}
+        return {**self._saved_recipe(), "strength": self.strength, "files": files}
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """``{train: {seed: 5}}`` -> ``{train.seed: 5}``, so that a message can name what differs."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
+    return found
 
 
 class Classroom:

@@ -13,6 +13,7 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from tqdm import tqdm
 
 from loraweave import persistence
@@ -74,6 +75,8 @@ def paint(
         print(f"{len(chosen)} sets by {', '.join(ways)}: {total} pictures, {total - left} of them there already")
         lacking = [course for label, course in taught.items() if label in unpainted and not course.done()]
         for course in lacking:
+            course.check(room.mixture)  # all of them, before hours of the first one's training
+        for course in lacking:
             course.train(room.mixture)
     ways |= {label: Way(ways[label].policy, course.place) for label, course in taught.items()}
     if left:
@@ -99,12 +102,12 @@ def _score(
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("")
     for method in found["scores"]:
-        table.add_column(method, justify="right")
+        table.add_column(Text(method), justify="right")
     rows = {name: [of[name] for of in found["scores"].values()] for name in next(iter(found["scores"].values()))}
     if found["distinctness"]:
         rows["distinctness"] = [of["mean"] for of in found["distinctness"].values()]
     for name, values in rows.items():
-        table.add_row(name, *(f"{value:.3f}" for value in values))
+        table.add_row(Text(name), *(f"{value:.3f}" for value in values))
     console.print(table)
     if (beside := published_table(results)) is not None:
         console.print(beside)
@@ -129,7 +132,8 @@ def _jobs(testbed: Testbed, one: CompositionSet, places: Mapping[str, str], out:
         for number, prompt in enumerate(prompts):
             for seed in testbed.seeds:
                 extra = f"--{number}" if len(prompts) > 1 else ""
-                row = f"{one.id}{extra}" + (f"--{seed}" if len(testbed.seeds) > 1 else "")
+                # The seed always: with more or other seeds, what is there must neither be lost nor pass for another's.
+                row = f"{one.id}{extra}--{seed}"
                 jobs.append(_Job(row, method, prompt, seed, out / place / f"{row.replace(' ', '_')}.png"))
     return jobs
 

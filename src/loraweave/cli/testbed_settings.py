@@ -27,11 +27,13 @@ def folders(labels: Iterable[str]) -> dict[str, str]:
     """Label -> name of the folder of its pictures.
 
     Raises:
-        LoraweaveError: two labels would share one, or one has the name of the gates' folder.
+        LoraweaveError: a label makes no name, two would share one, or one has the name of the gates' folder.
     """
     found: dict[str, str] = {}
     for label in labels:
         name = re.sub(r"[^A-Za-z0-9_.-]+", "-", label)
+        if not name.strip("."):
+            raise LoraweaveError(f"compare: the label {label!r} makes no name of a folder; choose another")
         if name == GATES:
             raise LoraweaveError(f"compare.{label}: the folder {GATES!r} is for gates; choose another label")
         if name in found.values():

@@ -74,12 +74,15 @@ def agreement(table: Mapping[str, Sequence[float]], reference: str, columns: Seq
         column are equal.
 
     Raises:
-        LoraweaveError: an unknown column, or one that cannot be compared; all values of ``reference`` are equal.
+        LoraweaveError: an unknown column, one that cannot be compared, or nothing to compare; all values of
+            ``reference`` are equal.
     """
     chosen = list(columns) or [name for name in table if name != reference]
     for name in (reference, *chosen):
         if name not in table:
             raise unknown("column", name, table)
+    if not chosen:
+        raise LoraweaveError(f"nothing to compare with {reference!r}: no other column has a number in every row")
     found: dict[str, Any] = {}
     for name in chosen:
         try:

@@ -99,16 +99,23 @@ class Images(Part):
             LoraweaveError: an unknown expert, or something that language models alone have.
         """
         known = list(names)
-        about = [name for prompt in self.prompts if isinstance(prompt, About) for name in prompt.experts]
-        for field in ("concepts", "references", "boxes", "prompts"):
-            for name in about if field == "prompts" else getattr(self, field):
+        for field in ("concepts", "references", "boxes"):
+            for name in getattr(self, field):
                 if name not in known:
                     raise LoraweaveError(f"images.{field}: {unknown('expert', name, known)}")
+        self.check_prompts(known, "expert")
         if data:
             raise LoraweaveError("data: is for language models; prompts or pictures go into 'images'")
         for name in _TEXT_ONLY:
             if getattr(train, name) is not None:
                 raise LoraweaveError(f"train.{name}: is for language models; remove it from a recipe with 'images'")
+
+    def check_prompts(self, known: Iterable[str], kind: str) -> None:
+        """Raise :class:`LoraweaveError` if a prompt is about an expert that is not among ``known``, called ``kind``."""
+        known = list(known)
+        for name in (name for prompt in self.prompts if isinstance(prompt, About) for name in prompt.experts):
+            if name not in known:
+                raise LoraweaveError(f"images.prompts: {unknown(kind, name, known)}")
 
     def placed(self, folder: Path, maybe: Callable[[str], str]) -> Images:
         """The same with folders relative to ``folder``; ``maybe`` knows what may be on the hub."""

@@ -119,6 +119,8 @@ class Recipe(Part):
             self.published.check(self.data.by_task())
         if self.images is not None:
             self.images.check(self.names, self.train, data=bool(self.data.by_task()))
+            if self.testbed is not None:
+                self.images.check_prompts(self.testbed.elements, "element of the test bed")
         return self
 
     def training(self, label: str = "", contender: Contender | None = None) -> Train:

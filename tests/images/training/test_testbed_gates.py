@@ -89,11 +89,11 @@ def test_gates_are_those_of_loraweave_train_and_are_trained_once(
     ours, theirs = pictures(out), pictures(tmp_path / "saved")
     assert len(theirs) == 3
     assert all(ours[path] == theirs[path] for path in theirs)
-    assert ours["gated/hero+coat.png"] != ours["merge/hero+coat.png"]
+    assert ours["gated/hero+coat--0.png"] != ours["merge/hero+coat--0.png"]
     # The same again does nothing; a lost picture is painted, and gates that no picture needs are not missed.
     done = len(steps)
     capsys.readouterr()
-    (out / "gated" / "hero.png").unlink()
+    (out / "gated" / "hero--0.png").unlink()
     assert main(bed(place, out)) == 0
     shutil.rmtree(out / "gates")
     assert main(bed(place, out)) == 0
@@ -148,8 +148,24 @@ def test_an_interrupted_test_bed_goes_on(
     assert main(bed(place, out, "--set", "hero")) == 130
     kept = out / "gates" / "gated.unfinished"
     assert f"kept step 1 in {kept}; the same command goes on from there" in capsys.readouterr().err
-    assert main(bed(place, out, "--set", "hero", "train.seeds=[9]")) == 2
-    assert "this run had seed=5, got 9; go on with the same, or remove the folder" in capsys.readouterr().err
+    others = {
+        "train.seeds=[9]": "train.seed",
+        "compare.gated.scale=2": "method.scale",
+        "testbed.strength=0.5": "strength",
+        "images.sample_every=2": "images.sample_every",
+    }
+    for other, name in others.items():
+        assert main(bed(place, out, "--set", "hero", other)) == 2
+        said = f"{kept}: this training was begun with other settings ({name}); go on with the same, or remove the"
+        assert said in capsys.readouterr().err
+    begun = json.loads((kept / "begun.json").read_text())
+    (kept / "begun.json").write_text(json.dumps(begun | {"files": begun["files"] | {"hero": "another file's"}}))
+    assert main(bed(place, out, "--set", "hero")) == 2
+    assert "begun with other settings (files.hero); go on" in capsys.readouterr().err
+    (kept / "begun.json").unlink()
+    assert main(bed(place, out, "--set", "hero")) == 2
+    assert f"{kept}: cannot read by what its training was begun" in capsys.readouterr().err
+    (kept / "begun.json").write_text(json.dumps(begun))
     assert main(bed(place, out, "--set", "hero")) == 0
     assert len(steps) == 6
     assert pictures(out) == pictures(whole)
@@ -188,7 +204,7 @@ def test_strength_holds_in_training_and_afterwards(place: Path, tmp_path: Path) 
         start = torch.Generator().manual_seed(0)
         call = {"num_inference_steps": 1, "height": 16, "width": 16}
         direct = mixture.pipeline("hero, coat", **call, generator=start).images[0]
-        pictured[strength] = pictures(out)["gated/hero+coat.png"]
+        pictured[strength] = pictures(out)["gated/hero+coat--0.png"]
         assert pictured[strength] == direct.tobytes()
     assert pictured[1] != pictured[0.5]
     first, second = (load_file(tmp_path / s / "gates" / "gated" / "gates.safetensors") for s in ("1", "0.5"))
@@ -215,7 +231,7 @@ def test_what_training_took_stands_beside_the_scores(place: Path, tmp_path: Path
 def test_the_recipes_own_method_is_trained_where_nothing_is_compared(place: Path, tmp_path: Path) -> None:
     assert main(bed(place, tmp_path, "--set", "hero", "compare={}", "method=cat")) == 0
     assert (tmp_path / "gates" / "cat" / "gates.safetensors").is_file()
-    assert (tmp_path / "cat" / "hero.png").is_file()
+    assert (tmp_path / "cat" / "hero--0.png").is_file()
 
 
 @pytest.mark.parametrize(
@@ -237,6 +253,9 @@ def test_the_recipes_own_method_is_trained_where_nothing_is_compared(place: Path
         ("compare.shifts={svdiff: {hero: nowhere.safetensors, coat: nowhere.safetensors}}", "compare.shifts: "),
         ("compare.gates={name: sum}", "compare.gates: the folder 'gates' is for gates; choose another label"),
         ("compare.gated?={name: sum}", "its pictures would go into the folder of"),
+        ("compare={..: {name: sum}}", "compare: the label '..' makes no name of a folder; choose another"),
+        ("compare={.: {name: sum}}", "compare: the label '.' makes no name of a folder"),
+        ("compare={'': {name: sum}}", "compare: the label '' makes no name of a folder"),
     ],
 )
 def test_mistakes_show_before_anything_is_trained(
