@@ -206,12 +206,12 @@ def test_damage_beside_the_results_is_said_too(tmp_path: Path) -> None:
     weights = json.loads((run / "weights.json").read_text())
     panels = weights["panels"]
     (run / "weights.json").write_text(json.dumps(weights | {"panels": panels | {"nli": {}}}))
-    with pytest.raises(LoraweaveError, match="panels of .* have different sites"):
+    with pytest.raises(LoraweaveError, match=r"panels of .* have different sites"):
         render(run)
     (run / "weights.json").write_text(json.dumps(weights))
     path = next(path for path in (run / "cells").glob("*.json") if '"step"' in path.read_text())
     path.write_text(re.sub(r'"step": [0-9.]+', '"step": 1e400', path.read_text()))
-    with pytest.raises(LoraweaveError, match="not what 'compare' of this version writes .OverflowError"):
+    with pytest.raises(LoraweaveError, match="OverflowError: cannot convert"):
         render(run)
 
 
