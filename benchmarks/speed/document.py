@@ -1,7 +1,8 @@
-"""The tables of docs/performance.md: ``python benchmarks/speed/document.py RESULTS.json`` writes them anew.
+"""The tables of docs/performance.md: ``python benchmarks/speed/document.py RESULTS.json [OLDER.json]`` writes them.
 
-A table stands between ``<!-- measured: SCENARIO -->`` and ``<!-- end -->``; the words around it are left alone. The
-first line after ``<!-- source: FILE -->`` says where the figures come from.
+A table stands between ``<!-- measured: SCENARIO -->`` and ``<!-- end -->``; the words around it are left alone. What
+follows ``<!-- source: FILE [OLDER ...] -->`` says where the figures come from; a scenario that one file lacks is
+taken from the next.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,8 @@ _TABLE = re.compile(r"<!-- measured: (?P<name>[^\n]*?) -->\n.*?<!-- end -->", re
 _SOURCE = re.compile(r"<!-- source: (?P<file>[^\n]*?) -->\n.*?<!-- end -->", re.DOTALL)
 
 
-def source(text: str) -> Path:
-    """The results that a page names.
+def sources(text: str) -> list[Path]:
+    """The results that a page names, the newest first.
 
     Raises:
         ValueError: it names none.
@@ -32,7 +34,7 @@ def source(text: str) -> Path:
     match = _SOURCE.search(text)
     if match is None:
         raise ValueError("the page names no results; expected <!-- source: FILE --> ... <!-- end -->")
-    return ROOT / match["file"]
+    return [ROOT / file for file in match["file"].split()]
 
 
 def table(name: str, results: dict[str, Any]) -> str:
@@ -52,12 +54,20 @@ def table(name: str, results: dict[str, Any]) -> str:
     return (f"{name}: {what}\n\n" if what else "") + report.markdown_table(*found)
 
 
-def written(text: str, results: dict[str, Any], file: str) -> str:
-    """The page with every table and the line of its surroundings written anew from ``results``."""
-    surroundings = "; ".join(f"{key} {value}" for key, value in results["environment"].items())
+def written(text: str, found: Mapping[str, dict[str, Any]]) -> str:
+    """The page with every table and the lines of its surroundings written anew from results by file, newest first."""
+    results: dict[str, Any] = {"scenarios": {}, "memory": {}}
+    lines = []
+    for file, one in found.items():
+        surroundings = "; ".join(f"{key} {value}" for key, value in one["environment"].items())
+        new = [name for name in one["scenarios"] if name not in results["scenarios"]]
+        what = f"Older, from `{file}`: {'; '.join(new)}" if lines else f"From `{file}`"
+        lines.append(f"{what}: {surroundings}.")
+        for part, known in results.items():
+            results[part] = {**one[part], **known}
 
     def head(_: re.Match[str]) -> str:
-        return f"<!-- source: {file} -->\nFrom `{file}`: {surroundings}.\n<!-- end -->"
+        return f"<!-- source: {' '.join(found)} -->\n" + "\n\n".join(lines) + "\n<!-- end -->"
 
     def block(match: re.Match[str]) -> str:
         return f"<!-- measured: {match['name']} -->\n{table(match['name'], results)}<!-- end -->"
@@ -65,11 +75,14 @@ def written(text: str, results: dict[str, Any], file: str) -> str:
     return _TABLE.sub(block, _SOURCE.sub(head, text))
 
 
-def main(results: Path, page: Path = PAGE) -> None:
-    file = results.resolve().relative_to(ROOT).as_posix()
-    text = page.read_text(encoding="utf-8")
-    page.write_text(written(text, json.loads(results.read_text()), file), encoding="utf-8")
+def read(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Results by the name that the page has for their file."""
+    return {file.resolve().relative_to(ROOT).as_posix(): json.loads(file.read_text()) for file in files}
+
+
+def main(files: Sequence[Path], page: Path = PAGE) -> None:
+    page.write_text(written(page.read_text(encoding="utf-8"), read(files)), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main([Path(file) for file in sys.argv[1:]])

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,19 +83,34 @@ def test_arithmetic_of_a_worked_case(bench: Bench) -> None:
 
 def test_the_page_shows_the_committed_figures() -> None:
     text = document.PAGE.read_text(encoding="utf-8")
-    source = document.source(text)
-    again = document.written(text, json.loads(source.read_text()), source.relative_to(document.ROOT).as_posix())
-    assert again == text
+    assert document.written(text, document.read(document.sources(text))) == text
 
 
 def test_a_table_is_written_from_the_figures() -> None:
     results = {"environment": {"cores": 2}, "memory": {}, "scenarios": {}}
     results["scenarios"]["a"] = {"what": "b", **report.summary({"bare": [1.0], "x": [3.0]}, "bare")}  # type: ignore[index]
     text = "<!-- source: old -->\n<!-- end -->\n<!-- measured: a -->\n<!-- end -->\nwords"
-    made = document.written(text, results, "new.json")
+    made = document.written(text, {"new.json": results})
     assert "From `new.json`: cores 2." in made
     assert "| x | 3000.0 | 3000.0 - 3000.0 | 3.00 |" in made
     assert made.endswith("words")
+
+
+def test_what_one_file_lacks_is_taken_from_an_older_one() -> None:
+    def measured(cores: int, **seconds: float) -> dict[str, Any]:
+        scenarios = {n: {"what": n, **report.summary({"bare": [s]}, "bare")} for n, s in seconds.items()}
+        return {"environment": {"cores": cores}, "memory": {}, "scenarios": scenarios}
+
+    text = (
+        "<!-- source: old -->\n<!-- end -->\n<!-- measured: a -->\n<!-- end -->\n<!-- measured: b -->\n<!-- end -->\n"
+    )
+    made = document.written(text, {"new.json": measured(2, a=1.0), "old.json": measured(4, a=5.0, b=7.0)})
+    assert (
+        "<!-- source: new.json old.json -->\nFrom `new.json`: cores 2.\n\nOlder, from `old.json`: b: cores 4." in made
+    )
+    assert "| bare | 1000.0 |" in made
+    assert "| bare | 7000.0 |" in made
+    assert "5000" not in made
 
 
 def test_a_contender_without_its_loras_is_not_timed(bench: Bench) -> None:
