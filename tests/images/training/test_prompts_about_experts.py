@@ -151,3 +151,12 @@ def test_recipes_say_it_too() -> None:
     assert section.lesson()[0] == ["a", ("b", ("hero",))]
     with pytest.raises(lw.LoraweaveError, match=r"images\.prompts: unknown expert 'hero'"):
         section.check(["coat"], Train(), data=False)
+
+
+def test_a_clip_in_half_precision_reads_as_ever_under_autocast() -> None:
+    clip = lessons.clip()
+    clip.model.half()
+    pictures = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = clip.pictures(pictures)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(clip.pictures(pictures), expected)
