@@ -1,120 +1,19 @@
-"""A Stable Diffusion 1.5 of random weights, three LoRAs on its attention, and the ways to compose them.
-
-The text encoder and the picture decoder take no part: embeddings are given and latents returned.
-"""
+"""Three LoRAs on the attention of a denoiser of random weights, and the ways to compose them."""
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import logging
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import loraweave as lw
 from loraweave.mixing.types import Policy
+from speed.denoisers import NAMES, ImageBench, ImageSize
+from speed.ours import stir
 from speed.timing import Task
-
-ENDINGS = (".to_q", ".to_k", ".to_v", ".to_out.0")
-NAMES = ("hero", "coat", "ink")
-
-
-@dataclass(frozen=True)
-class ImageSize:
-    """Shapes: ``channels`` of the four stages (two of the toy), ``latent`` cells a side, ``text`` wide embeddings."""
-
-    channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    layers: int = 2
-    text: int = 768
-    tokens: int = 77
-    latent: int = 32
-    rank: int = 16
-    steps: int = 3
-    groups: int = 32
-
-
-IMAGE_SIZES = {
-    "full": ImageSize(),
-    "small": ImageSize((64, 128, 256, 256), text=128, latent=16, rank=8),
-    "tiny": ImageSize((8, 16), 1, text=16, tokens=5, latent=8, rank=2, groups=4),
-}
-
-
-@dataclass(frozen=True)
-class ImageBench:
-    """The bare denoiser and the LoRA files."""
-
-    size: ImageSize
-    unet: nn.Module
-    files: dict[str, Path]
-
-    def pipe(self, own_targets: bool = False) -> Any:
-        """A pipeline around a copy of the denoiser; weights are shared, but for LoRAs' targets if they will change."""
-        own = {id(m.weight) for path, m in self.unet.named_modules() if own_targets and path.endswith(ENDINGS)}
-        tensors = chain(self.unet.parameters(), self.unet.buffers())
-        shared = {id(tensor): tensor for tensor in tensors if id(tensor) not in own}
-        vae = AutoencoderKL(
-            block_out_channels=(4,) * 4,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            norm_num_groups=2,
-        )
-        pipe = StableDiffusionPipeline(
-            unet=copy.deepcopy(self.unet, shared),
-            vae=vae,
-            text_encoder=None,
-            tokenizer=None,
-            scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-
-def make_image_bench(size: ImageSize, folder: Path) -> ImageBench:
-    """The denoiser, and its LoRAs in ``folder``, written there first if it has none."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    torch.manual_seed(0)
-    down = (*("CrossAttnDownBlock2D",) * (len(size.channels) - 1), "DownBlock2D")
-    up = ("UpBlock2D", *("CrossAttnUpBlock2D",) * (len(size.channels) - 1))
-    unet = UNet2DConditionModel(
-        block_out_channels=size.channels,
-        layers_per_block=size.layers,
-        sample_size=size.latent,
-        down_block_types=down,
-        up_block_types=up,
-        cross_attention_dim=size.text,
-        attention_head_dim=8 if size.channels[0] >= 64 else 4,
-        norm_num_groups=size.groups,
-    )
-    unet.requires_grad_(False).eval()
-    generator = torch.Generator().manual_seed(1)
-    files = {}
-    for name in NAMES:
-        files[name] = folder / f"{name}.safetensors"
-        factors: dict[str, Tensor] = {}
-        for path, module in unet.named_modules():
-            if path.endswith(ENDINGS):
-                into, out = module.in_features, module.out_features
-                A = torch.randn(size.rank, into, generator=generator) / math.sqrt(into)
-                factors[f"unet.{path}.lora_A.weight"] = A
-                factors[f"unet.{path}.lora_B.weight"] = torch.randn(out, size.rank, generator=generator) * 0.02
-        if not files[name].exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(factors, files[name])
-    return ImageBench(size, unet, files)
 
 
 class Published(nn.Module):
@@ -141,11 +40,9 @@ class Published(nn.Module):
 def call(pipe: Any, size: ImageSize, **options: Any) -> Tensor:
     """The latents of one run with guidance: two rows a step."""
     generator = torch.Generator().manual_seed(2)
-    prompt, negative = torch.randn(2, 1, size.tokens, size.text, generator=generator)
     with torch.inference_mode():
         latents: Tensor = pipe(
-            prompt_embeds=prompt,
-            negative_prompt_embeds=negative,
+            **size.embeddings(generator),
             num_inference_steps=size.steps,
             height=size.latent * 8,
             width=size.latent * 8,
@@ -166,9 +63,10 @@ def loaded(bench: ImageBench, names: Sequence[str]) -> Any:
 
 
 def composed(bench: ImageBench, policy: Policy, fold: bool = False) -> Any:
-    """The pipeline with loraweave."""
+    """The pipeline with loraweave; gates are moved off their start."""
     pipe = bench.pipe(own_targets=fold)
     mixture = lw.attach(pipe, dict(bench.files), policy)
+    stir(mixture)
     if fold:
         mixture.fold()
     return pipe
@@ -187,7 +85,7 @@ def pictures(bench: ImageBench, only: Sequence[str] | None = None) -> dict[str, 
 
     def published() -> Any:
         pipe = loaded(bench, NAMES)
-        pipe.unet = Published(pipe.unet, NAMES)
+        setattr(pipe, bench.size.part, Published(getattr(pipe, bench.size.part), NAMES))
         return pipe
 
     def in_turn(pipe: Any) -> Tensor:
@@ -210,6 +108,7 @@ def pictures(bench: ImageBench, only: Sequence[str] | None = None) -> dict[str, 
         "three runs, peft 1": (lambda: loaded(bench, NAMES), in_turn),
         "merge": (lambda: composed(bench, lw.Sum()), simple),
         "merge, folded": (lambda: composed(bench, lw.Sum(), fold=True), simple),
+        "mole": (lambda: composed(bench, lw.MoLE()), simple),
     }
 
     def ready(build: Callable[[], Any], run: Callable[[Any], Tensor]) -> Callable[[], Tensor]:

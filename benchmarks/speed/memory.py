@@ -56,9 +56,10 @@ def _status(field: str) -> int:
 
 def _work(kind: str, size: Size, experts: Path) -> Callable[[], object]:
     if kind in IMAGES:
-        from speed.images import IMAGE_SIZES, make_image_bench, pictures
+        from speed.denoisers import IMAGE_SIZES, make_image_bench
+        from speed.images import pictures
 
-        bench = make_image_bench(IMAGE_SIZES["full" if size.layers >= 12 else "tiny"], experts)
+        bench = make_image_bench(IMAGE_SIZES["images"]["full" if size.layers >= 12 else "tiny"], experts)
         return pictures(bench)[kind.removeprefix("image: ")]
     from speed.models import make_bench
     from speed.ours import ungated

@@ -83,6 +83,9 @@ BOUNDS = (
     Bound("images", "composite", "three runs, peft 1", at_most=1.0),
     Bound("images", "composite, published", "composite", at_least=1.12),
     Bound("images", "merge, folded", "bare", at_most=1.02),
+    Bound("images, DiT", "switch", "peft 1", at_most=1.05),
+    Bound("images, DiT", "composite", "three runs, peft 1", at_most=1.0),
+    Bound("images, DiT", "merge, folded", "bare", at_most=1.02),
 )
 
 Results = dict[str, dict[str, Any]]

@@ -33,6 +33,7 @@ from speed.training import STEPS
 
 CONTENDERS: dict[str, Contender] = {contender.name: contender for contender in (*PEERS, *OURS, *GATES, *FETCHED, *ROWS)}
 IMAGES = "images"
+IMAGE_SCENARIOS = (IMAGES, "images, DiT")  # of denoisers.IMAGE_SIZES, which takes diffusers to import
 GROUPS = (*dict.fromkeys(scenario.group for scenario in SCENARIOS.values()), IMAGES)
 MOST_IMAGE_ROUNDS = 3
 
@@ -96,8 +97,9 @@ class Run:
             experts = self.folder / str(number)
             self._batch(size, scenarios, experts)
             shutil.rmtree(experts, ignore_errors=True)  # 128 experts take most of a gigabyte
-        if IMAGES in self.options.group and not self._done(IMAGES, MOST_IMAGE_ROUNDS):
-            self._images()
+        if IMAGES in self.options.group:
+            for name in (name for name in IMAGE_SCENARIOS if not self._done(name, MOST_IMAGE_ROUNDS)):
+                self._images(name)
         self._keep()
         return self.result
 
@@ -152,24 +154,24 @@ class Run:
             self.result["memory"][kind] = memory.peak_of(kind, size, folder, self.options.threads)
             self._keep()
 
-    def _images(self) -> None:
-        from speed import images
+    def _images(self, name: str) -> None:
+        from speed import denoisers, images
 
-        self.say("images: building and checking")
-        size = images.IMAGE_SIZES[self.options.size]
-        bench = images.make_image_bench(size, self.folder / "images")
+        self.say(f"{name}: building and checking")
+        size = denoisers.IMAGE_SIZES[name][self.options.size]
+        folder = self.folder / name
+        bench = denoisers.make_image_bench(size, folder)
         made = images.pictures(bench)
-        self.result["checks"] |= {f"images: {key}": value for key, value in images.check(made).items()}
+        self.result["checks"] |= {f"{name}: {key}": value for key, value in images.check(made).items()}
         rounds = self._rounds(MOST_IMAGE_ROUNDS)
         told = partial(interleave, rounds=rounds, seed=self.options.seed, warm=False)
-        seconds = told(images.tasks(made), progress=lambda what: self.say(f"images: {what}"))
-        what = (
-            f"UNet of SD1.5's shape, latent {size.latent}, {size.steps} steps with guidance, 3 rank-{size.rank} LoRAs"
-        )
-        self._record(IMAGES, what, IMAGES, rounds, seconds, "bare")
+        seconds = told(images.tasks(made), progress=lambda what: self.say(f"{name}: {what}"))
+        what = f"{size.what}, latent {size.latent}, {size.steps} steps with guidance, 3 rank-{size.rank} LoRAs"
+        self._record(name, what, IMAGES, rounds, seconds, "bare")
         self._keep()
         del made, bench
-        self._memory(memory.IMAGES, SIZES[self.options.size], self.folder / "images")
+        if name == IMAGES:
+            self._memory(memory.IMAGES, SIZES[self.options.size], folder)
 
     def _keep(self) -> None:
         self.result["bounds"] = list(report.judge(self.result["scenarios"], self.result["memory"]))

@@ -68,7 +68,7 @@ def test_figures_of_another_machine_are_not_mixed_in(tmp_path: Path) -> None:
 def test_every_group_runs(tmp_path: Path) -> None:
     output = tmp_path / "figures.json"
     run.main(["--quick", "--rounds", "1", "--threads", "1", "-o", str(output)])
-    assert set(json.loads(output.read_text())["scenarios"]) == {*SCENARIOS, "images"}
+    assert set(json.loads(output.read_text())["scenarios"]) == {*SCENARIOS, *run.IMAGE_SCENARIOS}
 
 
 def test_arithmetic_of_a_worked_case(bench: Bench) -> None:
@@ -147,7 +147,7 @@ def test_the_gates_are_not_trivial(bench: Bench) -> None:
 def test_every_bound_names_what_exists() -> None:
     for bound in report.BOUNDS:
         assert (bound.at_most is None) != (bound.at_least is None)
-        if bound.scenario in ("images", "import", "attach 128"):
+        if bound.scenario in (*run.IMAGE_SCENARIOS, "import", "attach 128"):
             continue
         assert bound.scenario in SCENARIOS
         known = STEPS if bound.scenario == "train" else SCENARIOS[bound.scenario].contenders

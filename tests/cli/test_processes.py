@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 import loraweave as lw
+from loraweave.cli import main
 from loraweave.cli.processes import Process, alone
 
 STARTED = {
@@ -70,3 +72,11 @@ def test_one_of_several_takes_its_gpu(monkeypatch: pytest.MonkeyPatch, visible: 
     assert not process.main
     assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
     assert not {*STARTED, "ACCELERATE_USE_CPU"} & set(os.environ)
+
+
+def test_a_command_parts_from_those_it_trained_with() -> None:
+    """Else gloo's threads, which outlive Python, abort the process now and then."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    assert main(["version"]) == 0
+    assert not dist.is_initialized()
+    assert main(["version"]) == 0

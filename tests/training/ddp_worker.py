@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 
 import loraweave as lw
 import tiny
+from loraweave.cli.processes import part
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    architecture, batch, balance, out = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), Path(sys.argv[4])
+
+def train(architecture: str, batch: int, balance: float, out: Path) -> None:
     mixture = tiny.randomize(lessons.mixture(architecture))
     arguments = lessons.arguments(
         out,
@@ -31,3 +31,9 @@ if __name__ == "__main__":
     trainer = lw.GateTrainer(mixture, arguments, balance=balance, train_dataset=rows)
     trainer.train()
     save_file(lessons.gates(mixture), out / f"rank{arguments.process_index}.safetensors")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    train(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), Path(sys.argv[4]))
+    part()

@@ -17,6 +17,7 @@ from transformers import Trainer
 
 import loraweave as lw
 import tiny
+from loraweave.cli.processes import part
 from loraweave.mixture import Mixture
 
 create = Trainer.create_accelerator_and_postprocess
@@ -42,10 +43,7 @@ def expect_shared_out(mixture: Mixture, world: int) -> None:
         assert base.to_local().shape[0] * world == base.shape[0], "the base is shared out"
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    Trainer.create_accelerator_and_postprocess = create_with_fsdp
-    out, world, rank = Path(sys.argv[1]), int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+def train(out: Path, world: int, rank: int) -> None:
     backend = "gloo" if world > 1 else None
     mixture = lessons.mixture("llama")
     if rank:  # all start from the first process's gates
@@ -91,3 +89,10 @@ if __name__ == "__main__":
     made |= {"train losses": logged(result.history)}
     save_file(made, out / f"rank{rank}.safetensors")
     save_file(resumed, out / f"resumed{rank}.safetensors")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    Trainer.create_accelerator_and_postprocess = create_with_fsdp
+    train(Path(sys.argv[1]), int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)))
+    part()

@@ -27,6 +27,7 @@ from loraweave.cli import (
     validate,
     version,
 )
+from loraweave.cli.processes import part
 from loraweave.cli.verb import Parser, Verb, paragraphs
 from loraweave.errors import LoraweaveError, LoraweaveWarning, unknown
 
@@ -86,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BrokenPipeError:
             # Whoever read our output has seen enough; without this, Python complains when it closes stdout.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        finally:
+            part()
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from dataclasses import dataclass
@@ -45,6 +46,17 @@ def alone() -> Process:
         if name in _SHARED or name.startswith(_PREFIXES):
             del os.environ[name]
     return process
+
+
+def part() -> None:
+    """Part from the processes that this one trained with, if there were any.
+
+    Threads of gloo that still hold tensors while Python ends abort the process (pytorch/pytorch#179291).
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+        gc.collect()  # what is left of the training holds the group
 
 
 def _wanted_more() -> bool:

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 
 import loraweave as lw
+from loraweave.cli.processes import part
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    batch, out = int(sys.argv[1]), Path(sys.argv[2])
+
+def train(batch: int, out: Path) -> None:
     rank = os.environ.get("RANK", "0")
     place = out / f"experts{rank}"
     place.mkdir()
@@ -31,3 +31,9 @@ if __name__ == "__main__":
         gates = {key.replace("/", ":"): value for key, value in lessons.gates(mixture).items()}
         save_file(gates, out / f"{name}{rank}.safetensors")
         mixture.detach()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    train(int(sys.argv[1]), Path(sys.argv[2]))
+    part()
