@@ -168,8 +168,8 @@ def test_import_needs_torch_alone() -> None:
     import sys
 
     code = (
-        "import sys, loraweave as lw; lw.MoLE, lw.Sum, lw.Linear, lw.LoraweaveError;"
-        "print([m for m in ('transformers', 'peft', 'matplotlib', 'pydantic') if m in sys.modules])"
+        "import sys, loraweave as lw; lw.attach, lw.load, lw.MoLE, lw.Sum, lw.Linear, lw.LoraweaveError;"
+        "print([m for m in ('transformers', 'peft', 'matplotlib', 'pydantic', 'torch._dynamo') if m in sys.modules])"
     )
     paths = {"PYTHONPATH": str(Path(lw.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=paths, check=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,8 @@ class MixingLayer(nn.Module):
         self.whole = False
         self._constant: Tensor | None = None
         self._of_copies: tuple[Tensor, ...] | None = None
+        if isinstance(bank, PagedBank):
+            _keep_out_of_graphs()
         self.train(base.training)
 
     def __getattr__(self, name: str) -> Any:
@@ -91,7 +93,7 @@ class MixingLayer(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = self._modules["base"](x, *args, **kwargs)  # type: ignore[misc]
-        if isinstance(self._modules["bank"], PagedBank):
+        if isinstance(self._modules["bank"], PagedBank) and torch.compiler.is_compiling():
             fetched: Tensor = self._mixed_untraced(x, y)
             return fetched
         return self._mixed(x, y)
@@ -107,8 +109,7 @@ class MixingLayer(nn.Module):
             self._cut_again()
         return self._add(x, y, self.fixed)
 
-    # What has to be fetched is known when the gate has spoken, and no sooner.
-    _mixed_untraced = torch.compiler.disable(_mixed)
+    _mixed_untraced: ClassVar[Callable[..., Any]] = _mixed
 
     def _add(self, x: Tensor, y: Tensor, term: Term) -> Tensor:
         if isinstance(term, PagedTerm):
@@ -217,6 +218,15 @@ class MixingLayer(nn.Module):
             self.fix(self._constant, self.whole)
         if self.rows is not None:
             self.fix_rows(self.rows.weights)
+
+
+def _keep_out_of_graphs() -> None:
+    """Keep fetching experts out of compiled graphs: what has to be fetched is known when the gate has spoken.
+
+    Not when this module is imported: that brings in the compiler, and doubles the time to start.
+    """
+    if MixingLayer._mixed_untraced is MixingLayer._mixed:
+        MixingLayer._mixed_untraced = torch.compiler.disable(MixingLayer._mixed)
 
 
 class MixingEmbedding(MixingLayer):
