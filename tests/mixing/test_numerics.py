@@ -61,22 +61,25 @@ def four_processors() -> Iterator[None]:
 @pytest.mark.parametrize("rank", [64, 48, 80, 33, 8])
 @pytest.mark.parametrize("front", [(), (1,), (1, 1), (2, 1), (1, 3), (3, 21), (2, 40), (0, 1)], ids=str)
 @pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("out", [12, 7])
 def test_products_with_few_rows_shared_out_among_processors(
-    rank: int, front: tuple[int, ...], weighted: bool, monkeypatch: pytest.MonkeyPatch
+    rank: int, front: tuple[int, ...], weighted: bool, out: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, A, Bt, w, y = (
         tensor.float()
         for tensor in (
             normal(*front, 12),
             normal(rank, 12, seed=1),
-            normal(rank, 7, seed=2),
+            normal(rank, out, seed=2),
             normal(*front, rank, seed=3),
-            normal(*front, 7, seed=4),
+            normal(*front, out, seed=4),
         )
     )
     batched: list[int] = []
     real = torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda a, b: batched.append(len(a)) or real(a, b))
+    add = torch.Tensor.baddbmm_
+    monkeypatch.setattr(torch.Tensor, "baddbmm_", lambda y, a, b: batched.append(len(a)) or add(y, a, b))
     a = x @ A.T
     expected = y + (a * w if weighted else a) @ Bt
     apart = numerics.low_rank(x.mT.contiguous().mT if x.ndim > 1 else x, A, w if weighted else None, Bt, y.clone())
@@ -86,9 +89,11 @@ def test_products_with_few_rows_shared_out_among_processors(
     assert got is y or got.data_ptr() == y.data_ptr()
     assert_close(got, expected, atol=1e-4, rtol=1e-4)
     assert_close(apart, expected, atol=1e-4, rtol=1e-4)
-    parts, rows = {64: 4, 48: 3, 80: 4, 33: 1, 8: 1}[rank], x.numel() // 12
-    shared = [parts] * ((rows <= 64) + (rows == 1)) if parts > 1 else []
-    assert batched == shared
+    into = {64: 4, 48: 3, 80: 4, 33: 1, 8: 1}[rank]
+    back = {64: 4, 48: 3, 80: 4, 33: 2, 8: 1}[rank] if out == 12 else 1
+    rows = x.numel() // 12
+    shared = [into] * (rows <= 64) + [back] * (rows == 1)
+    assert batched == [parts for parts in shared if parts > 1]
 
 
 def test_a_y_that_is_not_contiguous() -> None:

@@ -17,7 +17,7 @@ Normalization = Literal["l2", "rms", "layer"]
 # Far below any evidence worth reading: an expert's output may itself be tiny, and a gate must still see its direction.
 EPSILON = 1e-12
 
-# Up to so many rows a product is shared out among processors by rank rows (:func:`_parts`), of which each gets so many.
+# Up to so many rows a product is shared out among processors (:func:`_parts`), one for so many rank rows.
 _FEW_ROWS = 64
 _RANK_ROWS_EACH = 16
 
@@ -41,10 +41,14 @@ def shrink(x: Tensor, A: Tensor) -> Tensor:
     """``x A^T``: into rank space, ``[..., R]``."""
     if x.dtype != A.dtype and not torch.is_autocast_enabled(x.device.type):
         x = x.to(A.dtype)
-    if x.is_cpu and x.numel() <= _FEW_ROWS * A.shape[1] and (parts := _parts(A)) > 1:
-        rows = x.reshape(1, -1, A.shape[1])
-        a = torch.bmm(rows.expand(parts, -1, -1), A.view(parts, -1, A.shape[1]).mT)
-        return a.transpose(0, 1).reshape(*x.shape[:-1], A.shape[0])
+    R, width = A.shape
+    if x.is_cpu and x.numel() <= _FEW_ROWS * width and (parts := _parts(A, R)) > 1:
+        # A.view(parts, -1, width).mT, made in one step: of a single row that counts
+        columns = A.as_strided((parts, width, R // parts), (R // parts * width, 1, width))
+        if x.numel() == width and x.ndim <= 3:
+            return torch.bmm(x.expand(parts, 1, width), columns).view(*x.shape[:-1], R)
+        a = torch.bmm(x.reshape(1, -1, width).expand(parts, -1, -1), columns)
+        return a.transpose(0, 1).reshape(*x.shape[:-1], R)
     return F.linear(x, A)
 
 
@@ -52,20 +56,23 @@ def expand(a: Tensor, w: Tensor | None, Bt: Tensor, y: Tensor) -> Tensor:
     """``y + (a * w) B^T``; see :func:`low_rank`."""
     if w is not None:
         a = a * (w if w.dtype == a.dtype else w.to(a.dtype))
-    if a.is_cpu and a.numel() == Bt.shape[0] and y.dtype == a.dtype and (parts := _parts(Bt)) > 1:
-        added = torch.bmm(a.view(parts, 1, -1), Bt.view(parts, -1, Bt.shape[1]))
-        return y.add_(added.sum(0).view(y.shape))
-    rows = a.reshape(-1, a.shape[-1])
     if y.dtype == a.dtype == Bt.dtype and y.is_contiguous():
+        R, width = Bt.shape
+        if a.is_cpu and a.numel() == R and a.ndim <= 3 and (parts := _parts(Bt, width)) > 1:
+            each = width // parts
+            columns = Bt.as_strided((parts, R, each), (each, width, 1))
+            y.view(parts, 1, each).baddbmm_(a.expand(parts, 1, R), columns)
+            return y
+        rows = a.reshape(-1, R)
         if torch.is_grad_enabled():
             return torch.addmm(y.view(-1, y.shape[-1]), rows, Bt).view(y.shape)
         y.view(-1, y.shape[-1]).addmm_(rows, Bt)
         return y
-    return y + (rows @ Bt).view(y.shape).to(y.dtype)
+    return y + (a.reshape(-1, a.shape[-1]) @ Bt).view(y.shape).to(y.dtype)
 
 
-def _parts(factor: Tensor) -> int:
-    """Among how many processors to share out a product with few rows, by this factor's rank rows.
+def _parts(factor: Tensor, shared: int) -> int:
+    """Among how many processors to share out a product with few rows, by its ``shared`` outputs.
 
     Most BLAS leave it to one, which reads the factor at a fraction of what memory gives (here 12 of 35 GB/s); of a
     batched product every processor takes a part.
@@ -78,13 +85,13 @@ def _parts(factor: Tensor) -> int:
         or not factor.is_contiguous()
     ):
         return 1
-    return _even_parts(factor.shape[0], torch.get_num_threads())
+    return _even_parts(factor.shape[0], shared, torch.get_num_threads())
 
 
 @lru_cache(maxsize=1024)
-def _even_parts(rank_rows: int, processors: int) -> int:
+def _even_parts(rank_rows: int, shared: int, processors: int) -> int:
     most = min(processors, rank_rows // _RANK_ROWS_EACH)
-    return next((parts for parts in range(most, 1, -1) if rank_rows % parts == 0), 1)
+    return next((parts for parts in range(most, 1, -1) if shared % parts == 0), 1)
 
 
 def shrink_conv(x: Tensor, A: Tensor, **geometry: Any) -> Tensor:
