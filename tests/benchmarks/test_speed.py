@@ -36,7 +36,7 @@ def test_the_suite_times_every_contender_and_writes_its_tables(tmp_path: Path) -
     longer = {"generate, batch 1 x 256", "generate, batch 2 x 256"}
     assert set(written["scenarios"]) == {"forward", "generate, batch 1", "train"} | longer
     assert list(written["scenarios"].pop("train")["contenders"]) == list(STEPS) == list(written["memory"])
-    assert all(0 < m["before"] <= m["peak"] for m in written["memory"].values())
+    assert all(0 < m["before"] <= m["peak"] == m["peaks"][0] for m in written["memory"].values())
     for name, scenario in written["scenarios"].items():
         assert tuple(scenario["contenders"]) == SCENARIOS[name].contenders
         assert scenario["arithmetic"]["ratio"] > 1
@@ -62,6 +62,15 @@ def test_figures_of_another_machine_are_not_mixed_in(tmp_path: Path) -> None:
     new = {"environment": report.environment(1), "size": {}}
     with pytest.raises(ValueError, match="measured with threads 2, this is 1"):
         report.merged({**new, "environment": report.environment(2)}, new, tmp_path / "x.json")
+
+
+def test_of_several_children_the_median_peak_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = iter([5, 50, 9, 20, 7, 30])
+    monkeypatch.setattr(run.memory, "peak_of", lambda *_: {"peak": next(peaks), "before": 1})
+    suite = run.Run(run.parse(["--quick"]), tmp_path, run.Console(quiet=True))
+    suite._memory(("a", "b"), SIZES["tiny"], tmp_path, rounds=3)
+    assert suite.result["memory"]["a"] == {"peak": 7, "before": 1, "peaks": [5, 9, 7]}
+    assert suite.result["memory"]["b"]["peak"] == 30
 
 
 @pytest.mark.slow
