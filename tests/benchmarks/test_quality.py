@@ -37,6 +37,7 @@ def written(out: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_retention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--data", str(tmp_path), "-o", str(tmp_path / "out"), "--skills", "less,owner_and_thing", *SMALLEST]
     retention.main([*command, "data.train_items=4"])
@@ -85,6 +86,7 @@ def leave_rows(folder: Path, parts: list[str]) -> None:
             path.write_text("".join(rows))
 
 
+@pytest.mark.slow
 def test_the_larger_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = tmp_path / "data"
     skills = tuple(replace(lora, steps=1, batch_tokens=60) for lora in larger.SKILLS if lora.name in ("en_de", "tv"))

@@ -1,7 +1,9 @@
 """The speed suite at toy size: it runs, it checks before it times, and its figures mean what they say."""
 
 import dataclasses
+import gc
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +181,15 @@ def test_as_many_mixtures_as_are_named_stand_in_the_batch(bench: Bench) -> None:
     assert (len(rows), len(set(rows))) == (BATCH, MIXTURES) == (16, 8)
 
 
+@pytest.fixture
+def little_garbage() -> Iterator[None]:
+    """What other tests left behind is not searched before every run."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("little_garbage")
 def test_rounds_are_interleaved_and_shuffled() -> None:
     ran: list[str] = []
     tasks = {name: Task(lambda _, name=name: ran.append(name)) for name in "abcde"}  # type: ignore[misc]

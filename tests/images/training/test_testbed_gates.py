@@ -130,6 +130,7 @@ def test_what_gates_were_trained_by_is_noted_and_other_settings_are_refused(
     assert len(steps) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_test_bed_goes_on(
     place: Path, tmp_path: Path, steps: list[int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
