@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import (
@@ -34,7 +34,13 @@ NAMES = ("hero", "coat", "ink")
 
 @dataclass(frozen=True)
 class ImageSize(ABC):
-    """Shapes: pictures of ``latent`` cells a side, prompts of ``tokens`` embeddings, ``text`` wide."""
+    """Shapes: pictures of ``latent`` cells a side, prompts of ``tokens`` embeddings, ``text`` wide.
+
+    Attributes:
+        part: what a pipeline calls its denoiser.
+    """
+
+    part: ClassVar[str]
 
     text: int = 768
     tokens: int = 77
@@ -47,11 +53,6 @@ class ImageSize(ABC):
     def what(self) -> str:
         """The denoiser in words."""
 
-    @property
-    @abstractmethod
-    def part(self) -> str:
-        """What a pipeline calls its denoiser."""
-
     @abstractmethod
     def denoiser(self) -> nn.Module:
         """A new one."""
@@ -60,11 +61,8 @@ class ImageSize(ABC):
     def pipe(self, denoiser: nn.Module) -> Any:
         """A pipeline around it."""
 
-    @abstractmethod
     def embeddings(self, generator: Generator) -> dict[str, Tensor]:
         """What a pipeline takes in place of a prompt and a negative one."""
-
-    def _prompts(self, generator: Generator) -> dict[str, Tensor]:
         prompt, negative = torch.randn(2, 1, self.tokens, self.text, generator=generator)
         return {"prompt_embeds": prompt, "negative_prompt_embeds": negative}
 
@@ -73,6 +71,8 @@ class ImageSize(ABC):
 class UNetSize(ImageSize):
     """Stable Diffusion 1.5: ``channels`` of the stages, ``layers`` in each."""
 
+    part = "unet"
+
     channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers: int = 2
     groups: int = 32
@@ -80,10 +80,6 @@ class UNetSize(ImageSize):
     @property
     def what(self) -> str:
         return "UNet of SD1.5's shape"
-
-    @property
-    def part(self) -> str:
-        return "unet"
 
     def denoiser(self) -> nn.Module:
         return UNet2DConditionModel(
@@ -109,13 +105,12 @@ class UNetSize(ImageSize):
             requires_safety_checker=False,
         )
 
-    def embeddings(self, generator: Generator) -> dict[str, Tensor]:
-        return self._prompts(generator)
-
 
 @dataclass(frozen=True)
 class DiTSize(ImageSize):
     """Stable Diffusion 3 medium, a third as deep: ``layers`` of joint attention with ``heads`` of ``head`` channels."""
+
+    part = "transformer"
 
     text: int = 4096
     tokens: int = 154
@@ -128,10 +123,6 @@ class DiTSize(ImageSize):
     @property
     def what(self) -> str:
         return f"DiT of SD3's shape, {self.layers} layers"
-
-    @property
-    def part(self) -> str:
-        return "transformer"
 
     def denoiser(self) -> nn.Module:
         return SD3Transformer2DModel(
@@ -156,7 +147,7 @@ class DiTSize(ImageSize):
     def embeddings(self, generator: Generator) -> dict[str, Tensor]:
         prompt, negative = torch.randn(2, 1, self.pooled, generator=generator)
         pooled = {"pooled_prompt_embeds": prompt, "negative_pooled_prompt_embeds": negative}
-        return self._prompts(generator) | pooled
+        return super().embeddings(generator) | pooled
 
 
 def _vae(channels: int) -> AutoencoderKL:

@@ -207,8 +207,11 @@ def test_compiled(pairs: Any) -> None:
     tiny.randomize(paged)
     some = [tiny.batch("llama", seed=seed) for seed in range(3)]
     expected = [tiny.logits(paged.model, inputs) for inputs in some]
-    compiled = torch.compile(paged.model, backend="eager")
+    torch._dynamo.reset()
+    compiled, graphs = torch.compile(paged.model, backend="eager"), []
     for inputs, wanted in zip(some, expected, strict=True):
         with torch.no_grad():
             assert_close(compiled(**inputs).logits, wanted, **EXACT)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     torch._dynamo.reset()
+    assert len(set(graphs)) == 1, "other experts are compiled anew"
