@@ -186,7 +186,7 @@ class ImageBench:
 
     def pipe(self, own_targets: bool = False) -> Any:
         """A pipeline around a copy of the denoiser; weights are shared, but for LoRAs' targets if they will change."""
-        own = {id(module.weight) for _, module in _targets(self.denoiser) if own_targets}
+        own = {id(module.weight) for _, module in targets(self.denoiser) if own_targets}
         tensors = chain(self.denoiser.parameters(), self.denoiser.buffers())
         shared = {id(tensor): tensor for tensor in tensors if id(tensor) not in own}
         pipe = self.size.pipe(copy.deepcopy(self.denoiser, shared))
@@ -205,7 +205,7 @@ def make_image_bench(size: ImageSize, folder: Path) -> ImageBench:
     for name in NAMES:
         files[name] = folder / f"{name}.safetensors"
         factors: dict[str, Tensor] = {}
-        for path, module in _targets(denoiser):
+        for path, module in targets(denoiser):
             into, out = module.in_features, module.out_features
             A = torch.randn(size.rank, into, generator=generator) / math.sqrt(into)
             factors[f"{size.part}.{path}.lora_A.weight"] = A
@@ -216,7 +216,7 @@ def make_image_bench(size: ImageSize, folder: Path) -> ImageBench:
     return ImageBench(size, denoiser, files)
 
 
-def _targets(denoiser: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+def targets(denoiser: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """What the LoRAs change: the projections of attention."""
     for path, module in denoiser.named_modules():
         if path.endswith(ENDINGS) and isinstance(module, nn.Linear):

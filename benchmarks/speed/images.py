@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import loraweave as lw
 from loraweave.mixing.types import Policy
+from speed import image_floors
 from speed.denoisers import NAMES, ImageBench, ImageSize
 from speed.ours import stir
 from speed.timing import Task
@@ -98,10 +99,12 @@ def pictures(bench: ImageBench, only: Sequence[str] | None = None) -> dict[str, 
     simple = partial(call, size=bench.size)
     table: dict[str, tuple[Callable[[], Any], Callable[[Any], Tensor]]] = {
         "bare": (bench.pipe, simple),
+        "floor": (lambda: image_floors.dense(bench), simple),
         "peft 1": (lambda: loaded(bench, NAMES[:1]), simple),
         "peft all": (lambda: loaded(bench, NAMES), simple),
         "switch": (lambda: composed(bench, lw.Switch(every=1)), simple),
         "switch, published": (lambda: loaded(bench, NAMES), switched),
+        "composite, floor": (lambda: image_floors.composite(bench), simple),
         "composite": (lambda: composed(bench, lw.Composite()), simple),
         "composite, chunk 1": (lambda: composed(bench, lw.Composite(chunk=1)), simple),
         "composite, published": (published, simple),
@@ -125,6 +128,8 @@ def pictures(bench: ImageBench, only: Sequence[str] | None = None) -> dict[str, 
 
 
 EQUAL = (
+    ("floor", "peft all"),
+    ("composite, floor", "composite, published"),
     ("switch", "switch, published"),
     ("composite", "composite, published"),
     ("composite, chunk 1", "composite, published"),

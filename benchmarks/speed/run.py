@@ -162,7 +162,7 @@ class Run:
         self._keep()
 
     def _images(self, name: str) -> None:
-        from speed import denoisers, images
+        from speed import denoisers, image_floors, images
 
         self.say(f"{name}: building and checking")
         size = denoisers.IMAGE_SIZES[name][self.options.size]
@@ -175,6 +175,7 @@ class Run:
         seconds = told(images.tasks(made), progress=lambda what: self.say(f"{name}: {what}"))
         what = f"{size.what}, latent {size.latent}, {size.steps} steps with guidance, 3 rank-{size.rank} LoRAs"
         self._record(name, what, IMAGES, rounds, seconds, "bare")
+        self.result["scenarios"][name]["arithmetic"] = image_floors.arithmetic(bench, images.call)
         self._keep()
         del made, bench
         if name == IMAGES:

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from speed import document, report, run
+from speed import document, image_floors, report, run
 from speed.checks import check
+from speed.denoisers import IMAGE_SIZES, make_image_bench
+from speed.images import call
 from speed.models import SIZES, Bench, arithmetic, make_bench
 from speed.ours import OURS, attach, ungated
 from speed.peers import PEERS, peft_all, peft_one
@@ -90,6 +92,22 @@ def test_arithmetic_of_a_worked_case(bench: Bench) -> None:
     assert found["base_gflop"] == pytest.approx(2e-9 * base)
     assert found["lora_mb"] == pytest.approx(4e-6 * lora)
     assert found["ratio"] == pytest.approx((base + lora) / base)
+
+
+def test_arithmetic_of_a_worked_denoiser(tmp_path: Path) -> None:
+    found = image_floors.arithmetic(make_image_bench(IMAGE_SIZES["images, DiT"]["tiny"], tmp_path), call)
+    # 2 rows of 16 patches and 5 tokens, all of width 16, in 2 layers; 3 LoRAs of rank 2 on 4 projections of the patches
+    square, heads = 16 * 16, 2
+    factors = 3 * 2 * (16 + 16) * 4 * 2
+    patches = 16 * (square + 2 * (4 + 8) * square + square)
+    tokens = 5 * (square + (4 + 8) * square + 3 * square)  # the second layer does nothing more with them
+    attention = 2 * heads * 2 * 21 * 21 * 8
+    step = (256 * 16 + square) + 2 * square  # of the time and of the pooled text
+    modulation = 16 * (3 * 96 + 32 + 32)
+    assert found["base_gflop"] == pytest.approx(2e-9 * 2 * (patches + tokens + attention + step + modulation))
+    assert found["lora_gflop"] == pytest.approx(2e-9 * 2 * 16 * factors)
+    assert found["lora_mb"] == pytest.approx(4e-6 * factors)
+    assert found["ratio"] == pytest.approx(1 + found["lora_gflop"] / found["base_gflop"])
 
 
 def test_the_page_shows_the_committed_figures() -> None:
