@@ -212,8 +212,9 @@ def canvas(denoiser: nn.Module, get: Callable[[str], Any]) -> Canvas | None:
     ids = get("img_ids")
     if isinstance(ids, Tensor):  # Flux packs its cells and says where each stands
         ids = ids[0] if ids.ndim == 3 else ids
-        ids = ids[ids[:, 0] == 0]
-        return Canvas(int(ids[:, 1].max()) + 1, int(ids[:, 2].max()) + 1, text)
+        cells = ids[:, 1:3] * (ids[:, :1] == 0)  # others belong to given pictures
+        bottom, right = cells.amax(0).tolist()  # both at once: reading waits for a GPU
+        return Canvas(int(bottom) + 1, int(right) + 1, text)
     sample = get(Arguments(denoiser).names()[0])
     if not isinstance(sample, Tensor) or sample.ndim != 4:
         return None

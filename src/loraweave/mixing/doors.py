@@ -94,8 +94,11 @@ class DenoiserDoor:
                 )
 
     def note_canvas(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        spatial = [site for site in self.stage.sites if site.plan.spatial and site.gate is not None]
-        here = [site for site in spatial if site.stream.spec.door == self.path]
+        here = [
+            site
+            for site in self.stage.sites
+            if getattr(site.gate, "reads_canvas", False) and site.stream.spec.door == self.path
+        ]
         if here:
             canvas = self.stage.staging.canvas(module, lambda name: self.arguments.get(name, args, kwargs))
             for site in here:

@@ -94,7 +94,8 @@ class Gate(Protocol):
 
     A gate whose weights depend on no input also has ``constant() -> Tensor`` (``[E]``), so that they can be folded. It
     may have a ``suggested_learning_rate``, which ``train`` uses where it is given none, and ``reads_ranks = False`` if
-    it never looks at :attr:`Evidence.ranks`, which then need not be computed to decide.
+    it never looks at :attr:`Evidence.ranks`, which then need not be computed to decide; ``reads_canvas = True`` if it
+    looks at how the picture's tokens are laid out (``evidence.stream.canvas``), which else is not found out.
     """
 
     normalized: bool

@@ -78,6 +78,7 @@ class RegionalGate(nn.Module):
     """The masks at one site's resolution; nothing is learned."""
 
     normalized = False
+    reads_canvas = True
 
     def __init__(self, policy: Regional, site: SitePlan) -> None:
         super().__init__()

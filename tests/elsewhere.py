@@ -1,0 +1,179 @@
+"""A second device that every machine has, to see here what would fail on a GPU.
+
+Its tensors lie in the CPU's memory and are computed there, exactly as the CPU's are; but as on a GPU no operation takes
+tensors of both, but for single numbers, and whoever reads a value waits until all that was asked for is computed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as tree
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+_aten = torch.ops.aten
+_COPIES = (_aten._to_copy.default, _aten.copy_.default)
+_INDEXING = (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default)
+_PLAIN = {"device": torch.device("cpu"), "pin_memory": False}
+_open = False
+
+
+class _Device:
+    """What torch asks of a device; other tests do not see it: it is there only within :func:`elsewhere`."""
+
+    def is_available(self) -> bool:
+        return _open
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def device_count(self) -> int:
+        return int(_open)
+
+    def current_device(self) -> int:
+        return 0
+
+    def manual_seed_all(self, _: int) -> None: ...
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+
+class _Hooks(torch._C._acc.PrivateUse1Hooks):
+    """The same, asked from below."""
+
+    def is_available(self) -> bool:
+        return _open
+
+    def has_primary_context(self, _: int) -> bool:
+        return True
+
+    def is_built(self) -> bool:
+        return True
+
+
+_setup_privateuseone_for_python_backend("elsewhere", _Device(), _Hooks())
+DEVICE = torch.device("elsewhere", 0)
+
+
+class MixedDevicesError(RuntimeError):
+    """An operation got tensors of two devices."""
+
+
+class Elsewhere(Tensor):
+    """A tensor on the device; ``here`` is the CPU's that stands for it."""
+
+    here: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, here: Tensor) -> Elsewhere:
+        made = Tensor._make_wrapper_subclass(
+            cls,
+            here.shape,
+            strides=here.stride(),
+            storage_offset=here.storage_offset(),
+            dtype=here.dtype,
+            device=DEVICE,
+        )
+        made.here = here
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+    def __repr__(self, **_: Any) -> str:
+        return f"Elsewhere({self.here!r})"
+
+
+class _Factories(TorchDispatchMode):
+    """What is made without a tensor of the device at hand, such as ``torch.zeros(3, device=DEVICE)``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _waits(func, args, kwargs or {}):
+            self.waits[str(func)] += 1
+        return _run(func, args, kwargs or {})
+
+
+@contextmanager
+def elsewhere() -> Iterator[Counter[str]]:
+    """Within it the device works; gives how often the CPU waited for it so far, by operation."""
+    global _open
+    # Parameters are replaced when a model moves between devices, rather than their ``data`` exchanged.
+    replaces = torch.__future__.get_overwrite_module_params_on_conversion()
+    lifts = torch._C._only_lift_cpu_tensors()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    torch._C._set_only_lift_cpu_tensors(True)
+    _open = True
+    try:
+        with _Factories() as mode:
+            yield mode.waits
+    finally:
+        _open = False
+        torch.__future__.set_overwrite_module_params_on_conversion(replaces)
+        torch._C._set_only_lift_cpu_tensors(lifts)
+
+
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    tensors = [leaf for leaf in tree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    away = any(isinstance(tensor, Elsewhere) for tensor in tensors)
+    asked = kwargs.get("device")
+    to = away if asked is None else torch.device(asked).type == DEVICE.type
+    if not away and not to:
+        return func(*args, **kwargs)
+    _refuse_mixed(func, args, kwargs, tensors if away else [], to)
+    if torch.Tag.inplace_view in func.tags:
+        with no_dispatch():
+            func(*args, **kwargs)
+        args[0].here = args[0].here.as_strided(args[0].shape, args[0].stride(), args[0].storage_offset())
+        return args[0]
+    plain = kwargs | {key: value for key, value in _PLAIN.items() if kwargs.get(key)}
+    args_here, kwargs_here = tree.tree_map_only(Elsewhere, lambda tensor: tensor.here, (args, plain))
+    out = func(*args_here, **kwargs_here)
+    written = {id(tensor.here): tensor for tensor in tensors if isinstance(tensor, Elsewhere)}
+
+    def back(tensor: Tensor) -> Tensor:
+        known = written.get(id(tensor))
+        return known if known is not None else Elsewhere(tensor) if to else tensor
+
+    return tree.tree_map_only(Tensor, back, out)
+
+
+def _refuse_mixed(func: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor], to: bool) -> None:
+    stray = [tensor for tensor in tensors if not isinstance(tensor, Elsewhere) and tensor.ndim]
+    if func in _INDEXING:  # by places that the CPU knows
+        stray = [tensor for tensor in (args[0], *args[2:3]) if not isinstance(tensor, Elsewhere)]
+    if stray and func not in _COPIES:
+        raise MixedDevicesError(f"{func}: tensors of shapes {[tuple(t.shape) for t in stray]} are on the CPU")
+    generator = kwargs.get("generator")
+    if to and generator is not None and generator.device.type == "cpu":
+        raise MixedDevicesError(f"{func}: a CPU generator draws on another device")
+
+
+def _waits(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    tensors = [leaf for leaf in tree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if not any(isinstance(tensor, Elsewhere) for tensor in tensors):
+        return False
+    if func is _aten._to_copy.default:
+        asked = kwargs.get("device")
+        return asked is not None and torch.device(asked).type == "cpu"
+    if func is _aten.copy_.default:
+        return not isinstance(args[0], Elsewhere)
+    if func in _INDEXING:
+        return any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags

@@ -1,0 +1,158 @@
+"""Mixtures on a device other than the CPU, as on a GPU: nothing stays behind, and nothing waits for a value."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+import loraweave as lw
+import methods
+import tiny
+from elsewhere import DEVICE, Elsewhere, MixedDevicesError, elsewhere
+from loraweave.mixture import Mixture
+from loraweave.training import objective
+
+POLICIES = methods.METHODS | methods.PROMPT
+QUICK = ("sum", "linear-blocks", "mole", "mole-topk", "mole-prompt", "cat", "logo")
+NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in POLICIES]
+ARCHITECTURES = ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("t5", "gpt2", "bert"))]
+
+
+@pytest.fixture
+def waits() -> Iterator[Counter[str]]:
+    with elsewhere() as counted:
+        yield counted
+
+
+def moved(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.to(DEVICE) for key, value in inputs.items()}
+
+
+def pair(architecture: str, policy: Any) -> tuple[Mixture, Mixture]:
+    """The same mixture on the CPU, and of a model that was elsewhere when it was attached."""
+    host = tiny.model(architecture, torch.float64)
+    experts = tiny.experts(host, architecture, torch.float64)
+    try:
+        here = tiny.randomize(lw.attach(tiny.model(architecture, torch.float64), experts, policy))
+    except lw.LoraweaveError as error:
+        pytest.skip(str(error))
+    there = lw.attach(host.to(DEVICE), experts, policy)
+    with torch.no_grad():
+        for (_, known), (_, gate) in zip(here.gate_parameters(), there.gate_parameters(), strict=True):
+            gate.copy_(known)
+    assert all(isinstance(tensor, Elsewhere) for tensor in there.model.state_dict().values())
+    return here, there
+
+
+def same(here: Mixture, there: Mixture, inputs: dict[str, Tensor]) -> None:
+    assert_close(tiny.logits(there.model, moved(inputs)).cpu(), tiny.logits(here.model, inputs))
+
+
+def gradients(mixture: Mixture, inputs: dict[str, Tensor]) -> list[Tensor]:
+    mixture.model(**inputs).logits.sin().sum().backward()
+    return [p.grad.cpu() for _, p in mixture.gate_parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", NAMES)
+def test_it_says_the_same_elsewhere(architecture: str, name: str, waits: Counter[str]) -> None:
+    here, there = pair(architecture, POLICIES[name])
+    inputs = tiny.batch(architecture)
+    same(here, there, inputs)
+    with here.only("ant", "cat"), there.only("ant", "cat"):
+        same(here, there, inputs)
+    if here.policy.mix == "deltas":
+        rows = [{"ant": 1.0}, {"bee": 0.5, "cat": -1.0}, {}]
+        with here.rows(rows), there.rows(rows):
+            same(here, there, inputs)
+    if any(p.requires_grad for _, p in here.gate_parameters()):
+        learned = gradients(here, inputs)
+        assert learned
+        assert_close(gradients(there, moved(inputs)), learned)
+    for mixture in (here, there):
+        mixture.policy = lw.Sum(0.5)
+    same(here, there, inputs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decisions_wait_for_nothing(name: str, waits: Counter[str]) -> None:
+    _, there = pair("llama", POLICIES[name])
+    inputs = moved(tiny.batch("llama"))
+    tiny.logits(there.model, inputs)
+
+    def counted(act: Callable[[], object]) -> Counter[str]:
+        waits.clear()
+        act()
+        return Counter(waits)
+
+    @torch.no_grad()
+    def steps() -> None:
+        cached = name in (*methods.CAUSAL, *methods.PROMPT)
+        cache = there.model(**inputs, use_cache=cached).past_key_values
+        if cached:
+            there.model(input_ids=inputs["input_ids"][:, :1], past_key_values=cache, use_cache=True)
+
+    def learn(balanced: bool) -> None:
+        loss = there.model(**inputs, labels=inputs["input_ids"], use_cache=False).loss
+        (loss + objective.balance(there.sites) if balanced else loss).backward()
+
+    learns = any(p.requires_grad for _, p in there.gate_parameters())
+    mixed = counted(steps), counted(partial(learn, isinstance(there.policy, lw.MoLE))) if learns else None
+    there.detach()
+    assert mixed == (counted(steps), counted(partial(learn, False)) if learns else None)
+
+
+@pytest.mark.parametrize("name", ["sum", "mole", "mole-topk", "mole-prompt", "logo"])
+def test_it_generates_the_same_elsewhere(name: str, waits: Counter[str]) -> None:
+    here, there = pair("llama", POLICIES[name])
+    inputs = tiny.batch("llama", side="left")
+    inputs.pop("position_ids")
+    expected = here.model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    assert torch.equal(there.model.generate(**moved(inputs), max_new_tokens=5, do_sample=False).cpu(), expected)
+
+
+@pytest.mark.parametrize("name", ["sum", "linear-blocks", "mole", "mole-paper", "cat", "arrow"])
+def test_a_mixture_may_be_moved_after_it_was_attached(name: str, waits: Counter[str]) -> None:
+    here, there = (tiny.randomize(tiny.attached("llama", POLICIES[name], torch.float64)) for _ in range(2))
+    inputs = tiny.batch("llama")
+    tiny.logits(there.model, inputs)
+    there.model.to(DEVICE)
+    same(here, there, inputs)
+    there.model.to("cpu")
+    assert torch.equal(tiny.logits(there.model, inputs), tiny.logits(here.model, inputs))
+
+
+def test_experts_are_fetched_from_the_cpu(waits: Counter[str]) -> None:
+    policy = lw.MoLE(activation="topk", k=1, pooling="prompt")
+    host = tiny.model("llama", torch.float64)
+    experts = tiny.experts(host, "llama", torch.float64)
+    here = tiny.randomize(lw.attach(tiny.model("llama", torch.float64), experts, policy))
+    there = lw.attach(host.to(DEVICE), experts, policy, expert_memory="1MB")
+    with torch.no_grad():
+        for (_, known), (_, gate) in zip(here.gate_parameters(), there.gate_parameters(), strict=True):
+            gate.copy_(known)
+    same(here, there, tiny.batch("llama"))
+
+
+def test_the_device_refuses_what_a_gpu_refuses(waits: Counter[str]) -> None:
+    x = torch.ones(2, 3, device=DEVICE)
+    for mixed in (
+        lambda: x + torch.ones(2, 3),
+        lambda: torch.ones(3)[torch.tensor([1], device=DEVICE)],
+        lambda: x.add_(torch.ones(3)),
+        lambda: torch.randn(2, device=DEVICE, generator=torch.Generator()),
+    ):
+        with pytest.raises(MixedDevicesError):
+            mixed()
+    assert not waits
+    assert float((x * 2 + torch.tensor(1.0)).sum()) == 18
+    assert x[torch.tensor([True, False]).to(DEVICE)].shape == (1, 3)
+    assert torch.equal(x.cpu(), torch.ones(2, 3))
+    assert sum(waits.values()) == 3
