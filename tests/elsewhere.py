@@ -40,6 +40,9 @@ class _Device:
     def current_device(self) -> int:
         return 0
 
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
     def manual_seed_all(self, _: int) -> None: ...
 
     def _is_in_bad_fork(self) -> bool:
@@ -114,10 +117,10 @@ class _Factories(TorchDispatchMode):
 def elsewhere() -> Iterator[Counter[str]]:
     """Within it the device works; gives how often the CPU waited for it so far, by operation."""
     global _open
-    # Parameters are replaced when a model moves between devices, rather than their ``data`` exchanged.
-    replaces = torch.__future__.get_overwrite_module_params_on_conversion()
+    # A parameter that moves stays the same object; ``data`` of another class could not be put into it.
+    swaps = torch.__future__.get_swap_module_params_on_conversion()
     lifts = torch._C._only_lift_cpu_tensors()
-    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    torch.__future__.set_swap_module_params_on_conversion(True)
     torch._C._set_only_lift_cpu_tensors(True)
     _open = True
     try:
@@ -125,8 +128,23 @@ def elsewhere() -> Iterator[Counter[str]]:
             yield mode.waits
     finally:
         _open = False
-        torch.__future__.set_overwrite_module_params_on_conversion(replaces)
+        torch.__future__.set_swap_module_params_on_conversion(swaps)
         torch._C._set_only_lift_cpu_tensors(lifts)
+
+
+@contextmanager
+def accelerated(monkeypatch: Any) -> Iterator[None]:
+    """Within it accelerate, and so every training, takes the device for its own."""
+    from accelerate.state import AcceleratorState
+
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", str(DEVICE))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        with elsewhere():
+            yield
+    finally:
+        monkeypatch.undo()
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
