@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -115,7 +116,11 @@ class _Factories(TorchDispatchMode):
 
 @contextmanager
 def elsewhere() -> Iterator[Counter[str]]:
-    """Within it the device works; gives how often the CPU waited for it so far, by operation."""
+    """Within it the device works; gives how often the CPU waited for it so far, by operation.
+
+    Tensors made by Python cannot be inference tensors: ``torch.inference_mode`` is ``torch.no_grad`` meanwhile. Folding
+    takes none but plain tensors, which here are those of the device.
+    """
     global _open
     # A parameter that moves stays the same object; ``data`` of another class could not be put into it.
     swaps = torch.__future__.get_swap_module_params_on_conversion()
@@ -124,7 +129,11 @@ def elsewhere() -> Iterator[Counter[str]]:
     torch._C._set_only_lift_cpu_tensors(True)
     _open = True
     try:
-        with _Factories() as mode:
+        with (
+            patch("torch.inference_mode", lambda mode=True: torch.no_grad() if mode else torch.enable_grad()),
+            patch("loraweave.transforms.fold.Tensor", Elsewhere),
+            _Factories() as mode,
+        ):
             yield mode.waits
     finally:
         _open = False

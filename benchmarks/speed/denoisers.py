@@ -22,11 +22,14 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from diffusers.utils import logging
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
+
+from speed.place import HERE, Place
 
 ENDINGS = (".to_q", ".to_k", ".to_v", ".to_out.0")
 NAMES = ("hero", "coat", "ink")
@@ -107,6 +110,50 @@ class UNetSize(ImageSize):
 
 
 @dataclass(frozen=True)
+class SDXLSize(UNetSize):
+    """Stable Diffusion XL: attention is ``depths`` layers deep in each stage, ``head`` channels a head."""
+
+    text: int = 2048
+    latent: int = 128
+    channels: tuple[int, ...] = (320, 640, 1280)
+    depths: tuple[int, ...] = (1, 2, 10)
+    head: int = 64
+    pooled: int = 1280
+    time: int = 256
+
+    @property
+    def what(self) -> str:
+        return "UNet of SDXL's shape"
+
+    def denoiser(self) -> nn.Module:
+        crossed = ("CrossAttnDownBlock2D",) * (len(self.channels) - 1)
+        return UNet2DConditionModel(
+            block_out_channels=self.channels,
+            layers_per_block=self.layers,
+            sample_size=self.latent,
+            down_block_types=("DownBlock2D", *crossed),
+            up_block_types=(*(kind.replace("Down", "Up") for kind in crossed), "UpBlock2D"),
+            transformer_layers_per_block=self.depths,
+            cross_attention_dim=self.text,
+            attention_head_dim=tuple(width // self.head for width in self.channels),
+            norm_num_groups=self.groups,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=self.time,
+            projection_class_embeddings_input_dim=self.pooled + 6 * self.time,
+        )
+
+    def pipe(self, denoiser: nn.Module) -> Any:
+        nothing = dict.fromkeys(f"{kind}{n}" for kind in ("text_encoder", "tokenizer") for n in ("", "_2"))
+        return StableDiffusionXLPipeline(
+            unet=denoiser, vae=_vae(4), scheduler=DDIMScheduler(steps_offset=1, clip_sample=False), **nothing
+        )
+
+    def embeddings(self, generator: Generator) -> dict[str, Tensor]:
+        return super().embeddings(generator) | _pooled(self.pooled, generator)
+
+
+@dataclass(frozen=True)
 class DiTSize(ImageSize):
     """Stable Diffusion 3 medium, a third as deep: ``layers`` of joint attention with ``heads`` of ``head`` channels."""
 
@@ -145,9 +192,12 @@ class DiTSize(ImageSize):
         )
 
     def embeddings(self, generator: Generator) -> dict[str, Tensor]:
-        prompt, negative = torch.randn(2, 1, self.pooled, generator=generator)
-        pooled = {"pooled_prompt_embeds": prompt, "negative_pooled_prompt_embeds": negative}
-        return super().embeddings(generator) | pooled
+        return _pooled(self.pooled, generator) | super().embeddings(generator)
+
+
+def _pooled(width: int, generator: Generator) -> dict[str, Tensor]:
+    prompt, negative = torch.randn(2, 1, width, generator=generator)
+    return {"pooled_prompt_embeds": prompt, "negative_pooled_prompt_embeds": negative}
 
 
 def _vae(channels: int) -> AutoencoderKL:
@@ -164,11 +214,13 @@ def _vae(channels: int) -> AutoencoderKL:
 # By scenario and by the name of a size.
 IMAGE_SIZES: dict[str, dict[str, ImageSize]] = {
     "images": {
+        "large": SDXLSize(),
         "full": UNetSize(),
         "small": UNetSize(channels=(64, 128, 256, 256), text=128, latent=16, rank=8),
         "tiny": UNetSize(channels=(8, 16), layers=1, text=16, tokens=5, latent=8, rank=2, groups=4),
     },
     "images, DiT": {
+        "large": DiTSize(layers=24, latent=128),
         "full": DiTSize(),
         "small": DiTSize(layers=4, heads=6, text=128, tokens=77, latent=16, rank=8, pooled=64),
         "tiny": DiTSize(layers=2, heads=2, head=8, text=16, tokens=5, latent=8, rank=2, pooled=16, channels=4),
@@ -183,6 +235,7 @@ class ImageBench:
     size: ImageSize
     denoiser: nn.Module
     files: dict[str, Path]
+    place: Place = HERE
 
     def pipe(self, own_targets: bool = False) -> Any:
         """A pipeline around a copy of the denoiser; weights are shared, but for LoRAs' targets if they will change."""
@@ -190,16 +243,19 @@ class ImageBench:
         tensors = chain(self.denoiser.parameters(), self.denoiser.buffers())
         shared = {id(tensor): tensor for tensor in tensors if id(tensor) not in own}
         pipe = self.size.pipe(copy.deepcopy(self.denoiser, shared))
+        self.place.moved(pipe.vae)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
 
-def make_image_bench(size: ImageSize, folder: Path) -> ImageBench:
+def make_image_bench(size: ImageSize, folder: Path, place: Place = HERE) -> ImageBench:
     """The denoiser, and its LoRAs in ``folder``, written there first if it has none."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.manual_seed(0)
-    denoiser = size.denoiser().requires_grad_(False).eval()
+    with torch.device(place.device):
+        made = size.denoiser()
+    denoiser = place.moved(made).requires_grad_(False).eval()
     generator = torch.Generator().manual_seed(1)
     files = {}
     for name in NAMES:
@@ -208,12 +264,13 @@ def make_image_bench(size: ImageSize, folder: Path) -> ImageBench:
         for path, module in targets(denoiser):
             into, out = module.in_features, module.out_features
             A = torch.randn(size.rank, into, generator=generator) / math.sqrt(into)
-            factors[f"{size.part}.{path}.lora_A.weight"] = A
-            factors[f"{size.part}.{path}.lora_B.weight"] = torch.randn(out, size.rank, generator=generator) * 0.02
+            B = torch.randn(out, size.rank, generator=generator) * 0.02
+            factors[f"{size.part}.{path}.lora_A.weight"] = A.to(place.format)
+            factors[f"{size.part}.{path}.lora_B.weight"] = B.to(place.format)
         if not files[name].exists():
             folder.mkdir(parents=True, exist_ok=True)
             save_file(factors, files[name])
-    return ImageBench(size, denoiser, files)
+    return ImageBench(size, denoiser, files, place)
 
 
 def targets(denoiser: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from speed.denoisers import ImageBench, ImageSize, targets
+from speed.denoisers import ImageBench, targets
 from speed.peers import FloorLinear
 
 
@@ -47,7 +48,8 @@ class Repeated(nn.Module):
             rows = isinstance(value, Tensor) and value.dim() > 0
             return value.repeat(self.times, *[1] * (value.dim() - 1)) if rows else value
 
-        (estimates,) = self.inner(*map(more, args), **{key: more(value) for key, value in kwargs.items()})
+        args, kwargs = tree_map(more, (args, kwargs))
+        (estimates,) = self.inner(*args, **kwargs)
         return (torch.stack(estimates.chunk(self.times)).mean(dim=0),)
 
 
@@ -68,21 +70,21 @@ def composite(bench: ImageBench) -> Any:
     return pipe
 
 
-def arithmetic(bench: ImageBench, call: Callable[[Any, ImageSize], object]) -> dict[str, float]:
+def arithmetic(bench: ImageBench, call: Callable[[Any, ImageBench], object]) -> dict[str, float]:
     """What one step of a dense mixture cannot do without, counted while it runs: convolutions, products, attention.
 
     Args:
         bench: the denoiser and its LoRAs.
-        call: runs a pipeline for ``size.steps``.
+        call: runs a pipeline of a bench for ``size.steps``.
 
     Returns:
         ``base_gflop`` and ``lora_gflop`` of one step with guidance, two rows; ``base_mb`` and ``lora_mb`` of weights
-        read for it in fp32; ``ratio``: (base + LoRA) / base of the FLOPs.
+        read for it; ``ratio``: (base + LoRA) / base of the FLOPs.
     """
 
     def flops(pipe: Any) -> int:
         with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
-            call(pipe, dataclasses.replace(bench.size, steps=1))
+            call(pipe, dataclasses.replace(bench, size=dataclasses.replace(bench.size, steps=1)))
         return counter.get_total_flops()
 
     base, full = flops(bench.pipe()), flops(dense(bench))
@@ -117,7 +119,7 @@ def _with(bench: ImageBench, made: Callable[[nn.Linear, list[tuple[Tensor, Tenso
     """A pipeline with ``made(module, [(A, B), ...])`` in place of every target."""
     pipe = bench.pipe()
     denoiser = getattr(pipe, bench.size.part)
-    files = [load_file(file) for file in bench.files.values()]
+    files = [bench.place.take(load_file(file)) for file in bench.files.values()]
     for path, base in list(targets(denoiser)):
         key = f"{bench.size.part}.{path}"
         pairs = [(file[f"{key}.lora_A.weight"], file[f"{key}.lora_B.weight"]) for file in files]

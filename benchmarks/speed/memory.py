@@ -13,27 +13,30 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from speed.models import Size
+    from speed.place import Place
 
 ATTACHING = ("attach: bare", "attach: peft all", "attach: sum")
 IMAGES = ("image: peft 1", "image: composite", "image: composite, chunk 1")
 
 
-def peak_of(kind: str, size: Size, experts: Path, threads: int) -> dict[str, int]:
+def peak_of(kind: str, size: Size, experts: Path, threads: int, place: Place) -> dict[str, int]:
     """Run one kind of work in a child process.
 
     Args:
         kind: key of ``training.STEPS``, or of ``ATTACHING`` or ``IMAGES``.
-        size: the shapes; of images: ``layers`` under 12 means a toy.
+        size: the shapes; of images: ``layers`` under 12 means a toy, over 12 a large one.
         experts: the folder that holds the experts' folders or files.
         threads: of the child.
+        place: where its models are.
 
     Returns:
-        ``peak`` and ``before`` (all is loaded, no step run yet): resident bytes; of attaching also ``files``, the
-        size of what is attached.
+        ``peak`` and ``before`` (all is loaded, no step run yet): resident bytes, or those taken of a GPU's memory; of
+        attaching also ``files``, the size of what is attached.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
     environment["OMP_NUM_THREADS"] = str(threads)
     command = [sys.executable, "-m", f"{__package__}.memory", kind, json.dumps(asdict(size)), str(experts)]
+    command += [place.device, place.dtype]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the child that measures {kind!r} failed:\n{done.stderr}")
@@ -54,19 +57,20 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def _work(kind: str, size: Size, experts: Path) -> Callable[[], object]:
+def _work(kind: str, size: Size, experts: Path, place: Place) -> Callable[[], object]:
     if kind in IMAGES:
         from speed.denoisers import IMAGE_SIZES, make_image_bench
         from speed.images import pictures
 
-        bench = make_image_bench(IMAGE_SIZES["images"]["full" if size.layers >= 12 else "tiny"], experts)
+        name = "large" if size.layers > 12 else "full" if size.layers == 12 else "tiny"
+        bench = make_image_bench(IMAGE_SIZES["images"][name], experts, place)
         return pictures(bench)[kind.removeprefix("image: ")]
     from speed.models import make_bench
     from speed.ours import ungated
     from speed.peers import peft_all
     from speed.training import STEPS
 
-    made = make_bench(size, experts)
+    made = make_bench(size, experts, place)
     if kind in STEPS:
         return STEPS[kind](made)
     attach = {"attach: bare": lambda _: made.base, "attach: peft all": peft_all, "attach: sum": ungated}[kind]
@@ -74,14 +78,25 @@ def _work(kind: str, size: Size, experts: Path) -> Callable[[], object]:
     return lambda: kept or kept.append(attach(made))
 
 
-def _main(kind: str, size: str, experts: str) -> None:
+def _main(kind: str, size: str, experts: str, device: str, dtype: str) -> None:
     from speed.models import Size
+    from speed.place import Place
 
-    run = _work(kind, Size(**json.loads(size)), Path(experts))
-    before = _status("VmRSS")
+    place = Place(device, dtype)
+    run = _work(kind, Size(**json.loads(size)), Path(experts), place)
+    before = _taken(place)[0]
     for _ in range(1 if kind in IMAGES else 3):
         run()
-    print(json.dumps({"peak": _status("VmHWM"), "before": before}))
+    print(json.dumps({"peak": _taken(place)[1], "before": before}))
+
+
+def _taken(place: Place) -> tuple[int, int]:
+    """Bytes that are taken now, and the most there were."""
+    if place.on_cpu:
+        return _status("VmRSS"), _status("VmHWM")
+    import torch
+
+    return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
 
 
 if __name__ == "__main__":

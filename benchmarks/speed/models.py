@@ -16,7 +16,9 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, T5Config
+
+from speed.place import HERE, Place
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 Models = Mapping[str, nn.Module]
@@ -71,6 +73,7 @@ class Size:
 
 SIZES = {
     "full": Size(),
+    "large": Size(32, 4096, 11008, 32, length=512, prompt=512),
     "small": Size(layers=4, width=256, intermediate=688, heads=4, vocab=2048, length=128, prompt=32, new_tokens=8),
     "tiny": Size(2, 32, 64, 2, vocab=64, experts=4, rank=2, alpha=4, batch=2, length=12, prompt=5, new_tokens=3),
 }
@@ -84,12 +87,14 @@ class Bench:
         size: the shapes.
         base: the bare model; frozen, in evaluation mode. Contenders take :meth:`model`, never ``base`` itself.
         experts: expert name -> PEFT folder.
+        place: where the models are.
         contexts: entered by contenders that live inside one (a mask); whoever makes a bench closes them.
     """
 
     size: Size
     base: nn.Module
     experts: dict[str, Path]
+    place: Place = HERE
     contexts: ExitStack = field(default_factory=ExitStack)
 
     def model(self, own_weights: bool = False) -> nn.Module:
@@ -100,11 +105,20 @@ class Bench:
         return copy.deepcopy(self.base, shared)
 
 
-def decoder(size: Size, seed: int = 0) -> nn.Module:
-    """The bare model: of the given size with random weights, fp32, frozen."""
+def decoder(size: Size, place: Place = HERE, seed: int = 0) -> nn.Module:
+    """The bare model: of the given size with random weights, frozen; made where it will be, for it may be large."""
     torch.manual_seed(seed)
+    auto, config = AutoModelForCausalLM, _config(size)
     if size.family == "t5":
-        settings = T5Config(
+        auto = AutoModelForSeq2SeqLM
+    with torch.device(place.device):
+        model: nn.Module = auto.from_config(config, dtype=place.format)
+    return model.requires_grad_(False).eval()
+
+
+def _config(size: Size) -> T5Config | LlamaConfig:
+    if size.family == "t5":
+        return T5Config(
             vocab_size=size.vocab,
             d_model=size.width,
             d_kv=size.width // size.heads,
@@ -116,9 +130,7 @@ def decoder(size: Size, seed: int = 0) -> nn.Module:
             eos_token_id=None,
             pad_token_id=0,
         )
-        encoder_decoder: nn.Module = T5ForConditionalGeneration(settings)
-        return encoder_decoder.requires_grad_(False).eval()
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=size.vocab,
         hidden_size=size.width,
         intermediate_size=size.intermediate,
@@ -131,11 +143,9 @@ def decoder(size: Size, seed: int = 0) -> nn.Module:
         eos_token_id=None,
         pad_token_id=0,
     )
-    model: nn.Module = LlamaForCausalLM(config)
-    return model.requires_grad_(False).eval()
 
 
-def write_experts(size: Size, base: nn.Module, folder: Path, seed: int = 1) -> dict[str, Path]:
+def write_experts(size: Size, base: nn.Module, folder: Path, place: Place = HERE, seed: int = 1) -> dict[str, Path]:
     """Write ``size.experts`` LoRAs as PEFT folders, on every projection of every layer; no factor is zero.
 
     Returns:
@@ -155,8 +165,8 @@ def write_experts(size: Size, base: nn.Module, folder: Path, seed: int = 1) -> d
             assert isinstance(module, nn.Linear)
             A = torch.randn(rank, module.in_features, generator=generator) / math.sqrt(module.in_features)
             B = torch.randn(module.out_features, rank, generator=generator) * 0.02
-            factors[f"base_model.model.{path}.lora_A.weight"] = A
-            factors[f"base_model.model.{path}.lora_B.weight"] = B
+            factors[f"base_model.model.{path}.lora_A.weight"] = A.to(place.format)
+            factors[f"base_model.model.{path}.lora_B.weight"] = B.to(place.format)
         folders[name] = folder / name
         folders[name].mkdir(parents=True)
         config.save_pretrained(str(folders[name]))
@@ -164,29 +174,29 @@ def write_experts(size: Size, base: nn.Module, folder: Path, seed: int = 1) -> d
     return folders
 
 
-def make_bench(size: Size, folder: Path) -> Bench:
+def make_bench(size: Size, folder: Path, place: Place = HERE) -> Bench:
     """The bare model and its experts; the experts are read from ``folder``, and written there first if it has none."""
-    base = decoder(size)
+    base = decoder(size, place)
     settings = folder / "size.json"
     if settings.exists():
         if json.loads(settings.read_text()) != repr(size):
             raise ValueError(f"{folder} holds experts of another size")
-        return Bench(size, base, {name: folder / name for name in size.names})
-    experts = write_experts(size, base, folder)
+        return Bench(size, base, {name: folder / name for name in size.names}, place)
+    experts = write_experts(size, base, folder, place)
     settings.write_text(json.dumps(repr(size)))
-    return Bench(size, base, experts)
+    return Bench(size, base, experts, place)
 
 
-def token_ids(size: Size, batch: int, length: int, seed: int = 2) -> dict[str, Tensor]:
+def token_ids(bench: Bench, batch: int, length: int, seed: int = 2) -> dict[str, Tensor]:
     """``input_ids`` and an all-ones ``attention_mask``, ``[batch, length]``, as a tokenizer would return them."""
-    ids = torch.randint(1, size.vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    ids = torch.randint(1, bench.size.vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return bench.place.take({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
 
-def inputs(size: Size, batch: int, length: int, seed: int = 2) -> dict[str, Tensor]:
+def inputs(bench: Bench, batch: int, length: int, seed: int = 2) -> dict[str, Tensor]:
     """What a call of the model takes; a T5's decoder reads a quarter of the encoder's length."""
-    made = token_ids(size, batch, length, seed)
-    if size.family == "t5":
+    made = token_ids(bench, batch, length, seed)
+    if bench.size.family == "t5":
         made["decoder_input_ids"] = made["input_ids"][:, : max(length // 4, 1)].clone()
     return made
 
@@ -196,7 +206,7 @@ def arithmetic(bench: Bench) -> dict[str, float]:
 
     Returns:
         ``base_gflop`` and ``lora_gflop`` of one token through every linear layer (a multiplication and an addition are
-        two), ``base_mb`` and ``lora_mb`` of weights read for it in fp32, and ``ratio``: (base + LoRA) / base of either.
+        two), ``base_mb`` and ``lora_mb`` of weights read for it, and ``ratio``: (base + LoRA) / base of either.
     """
     linear = [m for m in bench.base.modules() if isinstance(m, nn.Linear)]
     base = sum(m.weight.numel() for m in linear)
@@ -206,7 +216,7 @@ def arithmetic(bench: Bench) -> dict[str, float]:
     return {
         "base_gflop": 2e-9 * base,
         "lora_gflop": 2e-9 * lora,
-        "base_mb": 4e-6 * base,
-        "lora_mb": 4e-6 * lora,
+        "base_mb": 1e-6 * bench.place.format.itemsize * base,
+        "lora_mb": 1e-6 * bench.place.format.itemsize * lora,
         "ratio": 1 + lora / base,
     }

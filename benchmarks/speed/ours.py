@@ -27,7 +27,7 @@ def stir(mixture: lw.Mixture, seed: int = 4, spread: float = 0.5) -> None:
     with torch.no_grad():
         for _, parameter in mixture.gate_parameters():
             if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=spread)
+                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter), alpha=spread)
 
 
 def mixed_by(**options: Any) -> Callable[[Bench], nn.Module]:

@@ -63,7 +63,7 @@ def bare(bench: Bench) -> nn.Module:
 def floor(bench: Bench) -> nn.Module:
     model = bench.model()
     scale = bench.size.scale
-    files = [load_file(folder / "adapter_model.safetensors") for folder in bench.experts.values()]
+    files = [bench.place.take(load_file(folder / "adapter_model.safetensors")) for folder in bench.experts.values()]
     for path in [path for path, _ in model.named_modules() if path.rpartition(".")[2] in bench.size.targets]:
         key = f"base_model.model.{path}"
         A = torch.cat([file[f"{key}.lora_A.weight"] for file in files])
@@ -75,13 +75,20 @@ def floor(bench: Bench) -> nn.Module:
 
 
 def peft_with(bench: Bench, names: Iterable[str], trainable: bool = False) -> nn.Module:
-    """The model in peft with the named experts loaded from their folders, all of them active."""
+    """The model in peft with the named experts loaded from their folders, all of them active.
+
+    They compute in the model's number format; one that is to be trained, as peft has it, in single precision.
+    """
     first, *others = names
     model = PeftModel.from_pretrained(
-        bench.model(), str(bench.experts[first]), adapter_name=first, is_trainable=trainable
+        bench.model(),
+        str(bench.experts[first]),
+        adapter_name=first,
+        is_trainable=trainable,
+        autocast_adapter_dtype=trainable,
     )
     for name in others:
-        model.load_adapter(str(bench.experts[name]), adapter_name=name)
+        model.load_adapter(str(bench.experts[name]), adapter_name=name, autocast_adapter_dtype=trainable)
     if others:
         model.base_model.set_adapter([first, *others])
     wrapped: nn.Module = model
@@ -105,7 +112,7 @@ def peft_xlora(bench: Bench) -> nn.Module:
     folders = {str(i): str(bench.experts[name]) for i, name in enumerate(bench.size.names)}
     torch.manual_seed(3)
     config = XLoraConfig(task_type="CAUSAL_LM", hidden_size=bench.size.width, adapters=folders)
-    wrapped: nn.Module = get_peft_model(model, config)
+    wrapped: nn.Module = get_peft_model(model, config, autocast_adapter_dtype=False)
     return wrapped.eval()
 
 

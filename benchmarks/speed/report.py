@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from speed.place import HERE, Place
 from speed.timing import Spread, ratios
 
 FORMAT = 2
@@ -93,6 +94,12 @@ BOUNDS = (
     Bound("images, DiT", "mole", "floor", at_most=1.06),
     Bound("images, DiT", "composite", "composite, floor", at_most=1.06),
 )
+# Of the shapes of a 7B decoder and of SDXL, in bf16 on an H200.
+LARGE_BOUNDS = (
+    Bound("prefill", "mole block", "bare", at_most=1.10),
+    Bound("compiled, generate", "mole block", "bare", at_most=1.15),
+    Bound("images", "composite, published", "composite", at_least=1.5),
+)
 
 Results = dict[str, dict[str, Any]]
 
@@ -147,7 +154,7 @@ def _memory_ratios(memory: Mapping[str, Mapping[str, int]]) -> Iterator[tuple[st
         yield "attach 128: (sum - bare) / LoRA files", 1.05, more / memory["attach: sum"]["files"]
 
 
-def environment(threads: int) -> dict[str, Any]:
+def environment(threads: int, place: Place = HERE) -> dict[str, Any]:
     """What the figures depend on."""
     return {
         "processor": _processor(),
@@ -158,6 +165,7 @@ def environment(threads: int) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in ("torch", "transformers", "peft", "diffusers")},
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        **place.facts(),
     }
 
 
@@ -167,8 +175,10 @@ def merged(kept: dict[str, Any], new: dict[str, Any], file: Path) -> dict[str, A
     Raises:
         ValueError: it was not; figures of two machines do not belong in one file.
     """
-    same = {key: value for key, value in new["environment"].items() if key not in ("load_before", "processor")}
-    for key, value in [*same.items(), ("size", new["size"])]:
+    same = {**dict.fromkeys(kept["environment"]), **new["environment"], "size": new["size"]}
+    for key, value in same.items():
+        if key in ("load_before", "processor"):
+            continue
         before = kept.get(key) if key == "size" else kept["environment"].get(key)
         if before != value:
             raise ValueError(f"{file}: was measured with {key} {before!r}, this is {value!r}; choose another file")

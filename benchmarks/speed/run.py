@@ -26,6 +26,7 @@ from speed.checks import check
 from speed.models import SIZES, Bench, Size, arithmetic, make_bench
 from speed.ours import FETCHED, GATES, OURS
 from speed.peers import PEERS, Contender
+from speed.place import DTYPES, Place
 from speed.rows import ROWS
 from speed.scenarios import SCENARIOS, Scenario
 from speed.timing import interleave
@@ -45,7 +46,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--group", default=",".join(GROUPS), help=f"comma-separated, of: {', '.join(GROUPS)}")
     parser.add_argument("--contenders", help="comma-separated names; default: all (bare always takes part)")
     parser.add_argument("--quick", action="store_true", help="toy shapes, two rounds, no slow contenders: does it run?")
-    parser.add_argument("--size", choices=SIZES, default="full", help="'full' is the one that counts")
+    parser.add_argument(
+        "--size", choices=SIZES, default="full", help="'full' is the one that counts; 'large': for GPUs"
+    )
+    parser.add_argument("--device", default="cpu", help="where models run, e.g. cuda (default: cpu)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of models and LoRAs (default: float32)")
     parser.add_argument("--seed", type=int, default=0, help="of the order within each round")
     parser.add_argument("--resume", action="store_true", help="skip what the output holds with as many rounds")
     parser.add_argument("-o", "--output", type=Path, help="add to this JSON file, and write tables beside it as .md")
@@ -71,10 +76,11 @@ class Run:
     def __init__(self, options: argparse.Namespace, folder: Path, console: Console) -> None:
         self.options, self.folder, self.console = options, folder, console
         self.start = time.perf_counter()
+        self.place = Place(options.device, options.dtype)
         torch.set_num_threads(options.threads)
         self.result: dict[str, Any] = {
             "format": report.FORMAT,
-            "environment": report.environment(options.threads),
+            "environment": report.environment(options.threads, self.place),
             "size": {"name": options.size, **dataclasses.asdict(SIZES[options.size])},
             "scenarios": {},
             "memory": {},
@@ -115,7 +121,7 @@ class Run:
 
     def _batch(self, size: Size, scenarios: dict[str, Scenario], folder: Path) -> None:
         self.say(f"{', '.join(scenarios)}: building")
-        bench = make_bench(size, folder)
+        bench = make_bench(size, folder, self.place)
         used = {name for scenario in scenarios.values() for name in scenario.contenders}
         wanted = [c for c in CONTENDERS.values() if c.name in used and c.name in (*self.options.contenders, "bare")]
         with bench.contexts:
@@ -138,6 +144,7 @@ class Run:
             rounds=rounds,
             seed=self.options.seed,
             progress=lambda what: self.say(f"{name}: {what}"),
+            wait=self.place.wait,
         )
         self._record(name, scenario.what.format(bench.size), scenario.group, rounds, seconds, scenario.baseline)
         if models:
@@ -155,7 +162,7 @@ class Run:
         for _ in range(rounds):
             for kind, runs in made.items():
                 self.say(f"peak memory of {kind}")
-                runs.append(memory.peak_of(kind, size, folder, self.options.threads))
+                runs.append(memory.peak_of(kind, size, folder, self.options.threads, self.place))
         for kind, runs in made.items():
             middle = sorted(runs, key=lambda run: run["peak"])[len(runs) // 2]
             self.result["memory"][kind] = middle | {"peaks": [run["peak"] for run in runs]}
@@ -167,11 +174,11 @@ class Run:
         self.say(f"{name}: building and checking")
         size = denoisers.IMAGE_SIZES[name][self.options.size]
         folder = self.folder / name
-        bench = denoisers.make_image_bench(size, folder)
+        bench = denoisers.make_image_bench(size, folder, self.place)
         made = images.pictures(bench)
-        self.result["checks"] |= {f"{name}: {key}": value for key, value in images.check(made).items()}
+        self.result["checks"] |= {f"{name}: {key}": value for key, value in images.check(made, bench).items()}
         rounds = self._rounds(MOST_IMAGE_ROUNDS)
-        told = partial(interleave, rounds=rounds, seed=self.options.seed, warm=False)
+        told = partial(interleave, rounds=rounds, seed=self.options.seed, warm=False, wait=self.place.wait)
         seconds = told(images.tasks(made), progress=lambda what: self.say(f"{name}: {what}"))
         what = f"{size.what}, latent {size.latent}, {size.steps} steps with guidance, 3 rank-{size.rank} LoRAs"
         self._record(name, what, IMAGES, rounds, seconds, "bare")
@@ -182,7 +189,8 @@ class Run:
             self._memory(memory.IMAGES, SIZES[self.options.size], folder)
 
     def _keep(self) -> None:
-        self.result["bounds"] = list(report.judge(self.result["scenarios"], self.result["memory"]))
+        bounds = report.LARGE_BOUNDS if self.options.size == "large" else report.BOUNDS
+        self.result["bounds"] = list(report.judge(self.result["scenarios"], self.result["memory"], bounds))
         output = self.options.output
         if output is not None:
             output.parent.mkdir(parents=True, exist_ok=True)

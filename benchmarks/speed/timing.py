@@ -50,6 +50,7 @@ def interleave(
     seed: int = 0,
     warm: bool = True,
     progress: Callable[[str], None] = lambda _: None,
+    wait: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
     """Time every task once per round, after one untimed warm-up each.
 
@@ -60,6 +61,7 @@ def interleave(
         seed: of the order within each round.
         warm: ``False`` where every task was run before.
         progress: told what runs next.
+        wait: until all that a run has asked of a device is done.
 
     Returns:
         Task name -> seconds per run, one figure a round; the figures of two tasks at the same place are of one round.
@@ -74,19 +76,21 @@ def interleave(
         order.shuffle(names)
         progress(f"round {number + 1} of {rounds}")
         for name in names:
-            seconds[name].append(_time(tasks[name], calls))
+            seconds[name].append(_time(tasks[name], calls, wait))
     return seconds
 
 
-def _time(task: Task, calls: int) -> float:
+def _time(task: Task, calls: int, wait: Callable[[], None]) -> float:
     total = 0.0
     for _ in range(calls):
         prepared = task.prepare()
         gc.collect()
         gc.disable()
         try:
+            wait()
             start = time.perf_counter()
             task.run(prepared)
+            wait()
             total += time.perf_counter() - start
         finally:
             gc.enable()

@@ -31,7 +31,7 @@ def _step(loss: Callable[[], Tensor], parameters: Iterable[nn.Parameter]) -> Ste
 def peft_lora(bench: Bench) -> Step:
     """Train one LoRA of the experts' rank."""
     model = peft_with(bench, bench.size.names[:1], trainable=True).train()
-    batch = token_ids(bench.size, bench.size.batch, bench.size.length)
+    batch = token_ids(bench, bench.size.batch, bench.size.length)
 
     def loss() -> Tensor:
         value: Tensor = model(**batch, labels=batch["input_ids"], use_cache=False).loss
@@ -45,7 +45,7 @@ def mole_block(bench: Bench) -> Step:
     policy = lw.MoLE(granularity="block")
     mixture = attach(bench, policy)
     mixture.model.train()
-    batch = token_ids(bench.size, bench.size.batch, bench.size.length)
+    batch = token_ids(bench, bench.size.batch, bench.size.length)
 
     def loss() -> Tensor:
         task: Tensor = mixture.model(**batch, labels=batch["input_ids"], use_cache=False).loss

@@ -11,8 +11,8 @@ import pytest
 import torch
 from speed import document, image_floors, report, run
 from speed.checks import check
-from speed.denoisers import IMAGE_SIZES, make_image_bench
-from speed.images import call
+from speed.denoisers import IMAGE_SIZES, SDXLSize, make_image_bench
+from speed.images import call, pictures
 from speed.models import SIZES, Bench, arithmetic, make_bench
 from speed.ours import OURS, attach, ungated
 from speed.peers import PEERS, peft_all, peft_one
@@ -21,8 +21,10 @@ from speed.scenarios import SCENARIOS
 from speed.timing import Task, interleave, ratios
 from speed.training import STEPS
 from torch import nn
+from torch.testing import assert_close
 
 import loraweave as lw
+from elsewhere import elsewhere
 
 NAMES = [contender.name for contender in (*PEERS, *OURS)]
 
@@ -75,6 +77,46 @@ def test_of_several_children_the_median_peak_counts(tmp_path: Path, monkeypatch:
     suite._memory(("a", "b"), SIZES["tiny"], tmp_path, rounds=3)
     assert suite.result["memory"]["a"] == {"peak": 7, "before": 1, "peaks": [5, 9, 7]}
     assert suite.result["memory"]["b"]["peak"] == 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", ["core", "rows,gates,paging", "images"])
+def test_it_runs_on_another_device(group: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run.memory, "peak_of", lambda *_: {"peak": 2, "before": 1})  # a child has no such device
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
+    output = tmp_path / "figures.json"
+    options = ["--quick", "--rounds", "1", "--threads", "1", "--device", "elsewhere:0", "--group", group]
+    with elsewhere():
+        run.main([*options, "-o", str(output)])
+    written = json.loads(output.read_text())
+    assert written["environment"]["device"] == "elsewhere:0"
+    assert written["checks"]
+    with pytest.raises(SystemExit, match="measured with device 'elsewhere:0', this is None"):
+        run.main(["--quick", "--threads", "1", "-o", str(output)])
+
+
+@pytest.mark.slow
+def test_it_runs_in_half_precision(tmp_path: Path) -> None:
+    output = tmp_path / "figures.json"
+    run.main(["--quick", "--rounds", "1", "--threads", "1", "--dtype", "bfloat16", "--group", "core", "-o", str(output)])
+    written = json.loads(output.read_text())
+    assert written["environment"]["dtype"] == "bfloat16"
+    assert written["scenarios"]["forward"]["arithmetic"]["base_mb"] == pytest.approx(
+        1e3 * written["scenarios"]["forward"]["arithmetic"]["base_gflop"]
+    )
+
+
+def test_a_unet_of_sdxls_shape(tmp_path: Path) -> None:
+    size = SDXLSize(text=16, tokens=5, latent=8, rank=2, channels=(8, 16), depths=(1, 2), head=4, pooled=16, layers=1)
+    bench = make_image_bench(dataclasses.replace(size, groups=4, time=8), tmp_path)
+    names = ("bare", "floor", "peft all", "composite", "composite, floor")
+    latents = {name: picture() for name, picture in pictures(bench, names).items()}
+    assert_close(latents["floor"], latents["peft all"], atol=1e-4, rtol=1e-3)
+    assert_close(latents["composite"], latents["composite, floor"], atol=1e-4, rtol=1e-3)
+    assert (latents["floor"] - latents["bare"]).abs().max() > 0.01
+    whole = IMAGE_SIZES["images"]["large"]
+    with torch.device("meta"):
+        assert sum(p.numel() for p in whole.denoiser().parameters()) == 2_567_463_684  # as published
 
 
 @pytest.mark.slow

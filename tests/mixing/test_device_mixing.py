@@ -129,6 +129,16 @@ def test_a_mixture_may_be_moved_after_it_was_attached(name: str, waits: Counter[
     assert torch.equal(tiny.logits(there.model, inputs), tiny.logits(here.model, inputs))
 
 
+def test_it_folds_into_weights_elsewhere(waits: Counter[str]) -> None:
+    here, there = pair("llama", lw.Sum(0.5, {"ant": -1.0, "cat": 0.0}))
+    bare = tiny.logits(there.model, moved(tiny.batch("llama")))
+    there.fold()
+    assert all(isinstance(tensor, Elsewhere) for tensor in there.model.state_dict().values())
+    same(here, there, tiny.batch("llama"))
+    there.unfold()
+    assert torch.equal(tiny.logits(there.model, moved(tiny.batch("llama"))).cpu(), bare.cpu())
+
+
 def test_experts_are_fetched_from_the_cpu(waits: Counter[str]) -> None:
     policy = lw.MoLE(activation="topk", k=1, pooling="prompt")
     host = tiny.model("llama", torch.float64)
