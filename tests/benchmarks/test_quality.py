@@ -54,6 +54,7 @@ def test_retention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "| mole | nla |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_transfer(tmp_path: Path) -> None:
     czech = tmp_path / "multi30k" / "en-cs"
     czech.mkdir(parents=True)
@@ -169,6 +170,7 @@ def test_what_the_larger_base_reads(tmp_path: Path) -> None:
     assert set(larger_base.TAUGHT) <= held_out
 
 
+@pytest.mark.slow
 def test_growth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(skills.SETTINGS, "steps", 1)
     monkeypatch.setitem(skills.SETTINGS, "batch_tokens", 100)

@@ -98,7 +98,9 @@ def test_it_runs_on_another_device(group: str, tmp_path: Path, monkeypatch: pyte
 @pytest.mark.slow
 def test_it_runs_in_half_precision(tmp_path: Path) -> None:
     output = tmp_path / "figures.json"
-    run.main(["--quick", "--rounds", "1", "--threads", "1", "--dtype", "bfloat16", "--group", "core", "-o", str(output)])
+    run.main(
+        ["--quick", "--rounds", "1", "--threads", "1", "--dtype", "bfloat16", "--group", "core", "-o", str(output)]
+    )
     written = json.loads(output.read_text())
     assert written["environment"]["dtype"] == "bfloat16"
     assert written["scenarios"]["forward"]["arithmetic"]["base_mb"] == pytest.approx(

@@ -132,6 +132,7 @@ def test_sets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_small_form_runs_with_the_papers_figures_beside_ours(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +171,7 @@ def paint_small(path: Path, out: Path) -> list[str]:
     return ["testbed", str(path), "--small", "-o", str(out), "--clip", "zoo:images/clip-metrics", *quick]
 
 
+@pytest.mark.slow
 def test_a_table_of_pictures_runs_in_its_small_form(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

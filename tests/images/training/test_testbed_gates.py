@@ -105,6 +105,7 @@ def test_gates_are_those_of_loraweave_train_and_are_trained_once(
     assert pictures(out) == ours
 
 
+@pytest.mark.slow
 def test_what_gates_were_trained_by_is_noted_and_other_settings_are_refused(
     place: Path, tmp_path: Path, steps: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
