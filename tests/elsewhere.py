@@ -6,6 +6,7 @@ tensors of both, but for single numbers, and whoever reads a value waits until a
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as tree
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -154,6 +155,31 @@ def accelerated(monkeypatch: Any) -> Iterator[None]:
     finally:
         monkeypatch.undo()
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def spread(host: Any) -> Any:
+    """The model's later half on the device, with the hooks by which accelerate moves what modules are given."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    class Hook(AlignDevicesHook):
+        def init_hook(self, module: nn.Module) -> nn.Module:
+            return module  # its tensors are where they shall be
+
+    host.hf_device_map = {}
+    later = re.compile(r"decoder|lm_head|model\.norm|model\.layers\.1")
+    for path, module in host.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        away = bool(later.match(path))
+        for name, parameter in own.items():  # tied ones part
+            setattr(
+                module, name, nn.Parameter(parameter.detach().to(DEVICE if away else "cpu"), parameter.requires_grad)
+            )
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(DEVICE if away else "cpu"))
+        where = DEVICE if away else torch.device("cpu")
+        add_hook_to_module(module, Hook(execution_device=where, io_same_device=module is host))
+        host.hf_device_map[path] = str(where)
+    return host
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 import loraweave as lw
 import methods
 import tiny
-from elsewhere import DEVICE, Elsewhere, accelerated
+from elsewhere import DEVICE, Elsewhere, accelerated, elsewhere, spread
 
 DATA = [{"input": a, "target": b} for a in "abc" for b in ("xyz", "z")]
 SETTINGS: dict[str, Any] = {"progress": False, "batch_size": 2}
@@ -38,6 +38,27 @@ def test_gates_learn_the_same_elsewhere(architecture: str, name: str, monkeypatc
         return [gate.detach().cpu() for gate in gates]
 
     both(monkeypatch, learned)
+
+
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_a_model_on_two_devices_is_trained_as_a_whole_one(architecture: str, name: str) -> None:
+    def learned(halves: bool) -> tuple[list[Tensor], dict[str, float]]:
+        host = tiny.model(architecture)
+        experts = tiny.experts(host, architecture)
+        mixture = lw.attach(spread(host) if halves else host, experts, (methods.METHODS | methods.PROMPT)[name])
+        log = lw.train(
+            mixture, DATA, steps=3, balance=0.1, tokenizer=tiny.tokenizer(architecture == "t5"), **SETTINGS
+        ).history[0]
+        told = {key: value for key, value in log.items() if "loss" in key or "load" in key or "entropy" in key}
+        return [gate.detach().cpu() for _, gate in mixture.gate_parameters()], told
+
+    gates, told = learned(False)
+    with elsewhere():
+        gates_of_halves, told_of_halves = learned(True)
+    assert_close(gates_of_halves, gates, atol=1e-5, rtol=1e-4)
+    assert told_of_halves == pytest.approx(told, abs=1e-4)
+    assert len(told) >= 2
 
 
 @pytest.mark.slow

@@ -16,9 +16,15 @@ def site_shares(site: Site) -> Tensor:
     return _mean(site, _shares(site))
 
 
+def mean_shares(sites: Sequence[Site]) -> Tensor:
+    """``[E]``: the mean of :func:`site_shares` over sites, which may be on several devices; on that of the last."""
+    shares = [site_shares(site) for site in sites]
+    return torch.stack([share.to(shares[-1].device) for share in shares]).mean(0)
+
+
 def balance(sites: Sequence[Site]) -> Tensor:
     """The balance loss of the last pass: ``-log prod_i q_i``, ``q_i`` the mean share of expert i over the sites."""
-    return balance_loss(torch.stack([site_shares(site) for site in sites]).mean(0))
+    return balance_loss(mean_shares(sites))
 
 
 def entropy(site: Site) -> Tensor:

@@ -87,7 +87,7 @@ class GateTrainer(Trainer):
         whole = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         whole = whole or self.compute_loss_func is not None
         steps = self.current_gradient_accumulation_steps if whole and model.training else 1
-        loss = task + self.balance * balance / steps
+        loss = task + self.balance * balance.to(task.device) / steps
         return (loss, outputs) if return_outputs else loss
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any) -> Any:
@@ -210,7 +210,7 @@ def gate_statistics(mixture: Mixture) -> dict[str, float]:
     """Entropy per site (nats) and load per expert (mean share) in the last pass."""
     sites = [site for site in mixture.sites if site.gate is not None and site.current is not None]
     entropies = {site.name: float(objective.entropy(site)) for site in sites}
-    load = torch.stack([objective.site_shares(site) for site in sites]).mean(0).tolist()
+    load = objective.mean_shares(sites).tolist()
     return {
         "entropy": round(sum(entropies.values()) / len(entropies), 5),
         **{f"entropy/{name}": round(value, 5) for name, value in entropies.items()},

@@ -311,7 +311,7 @@ def _pass(mixture: Mixture, lesson: Lesson, draws: Sequence[Draw]) -> tuple[Tens
         site.clear()
     task = lesson.loss(draws)
     sites = [site for site in sites if site.current is not None]
-    shares = torch.stack([gates.site_shares(site).to(task.device) for site in sites]).mean(0)
+    shares = gates.mean_shares(sites).to(task.device)
     with torch.no_grad():
         entropy = torch.stack([gates.entropy(site).to(task.device) for site in sites]).mean()
     return task, shares, entropy
