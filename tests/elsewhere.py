@@ -79,7 +79,9 @@ class Elsewhere(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, here: Tensor) -> Elsewhere:
+    def __new__(cls, here: Tensor, requires_grad: bool = False) -> Any:
+        if here.device.type != "cpu":  # accelerate makes parameters anew by their class, wherever they shall be
+            return nn.Parameter(here, requires_grad)
         made = Tensor._make_wrapper_subclass(
             cls,
             here.shape,
@@ -195,7 +197,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             func(*args, **kwargs)
         args[0].here = args[0].here.as_strided(args[0].shape, args[0].stride(), args[0].storage_offset())
         return args[0]
-    plain = kwargs | {key: value for key, value in _PLAIN.items() if kwargs.get(key)}
+    plain = kwargs | {key: value for key, value in _PLAIN.items() if kwargs.get(key) and to}
     args_here, kwargs_here = tree.tree_map_only(Elsewhere, lambda tensor: tensor.here, (args, plain))
     out = func(*args_here, **kwargs_here)
     written = {id(tensor.here): tensor for tensor in tensors if isinstance(tensor, Elsewhere)}
