@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
@@ -104,22 +105,38 @@ class Elsewhere(Tensor):
         return f"Elsewhere({self.here!r})"
 
 
-class _Factories(TorchDispatchMode):
-    """What is made without a tensor of the device at hand, such as ``torch.zeros(3, device=DEVICE)``."""
+@dataclass
+class Seen:
+    """What the device was asked to do, by operation.
+
+    Attributes:
+        waits: how often the CPU waited for it.
+        kernels: what it had to compute; each costs the CPU about as long to start, however small it is.
+    """
+
+    waits: Counter[str] = field(default_factory=Counter)
+    kernels: Counter[str] = field(default_factory=Counter)
+
+
+class _Watched(TorchDispatchMode):
+    """Sees every operation, also those without a tensor of the device at hand (``torch.zeros(3, device=DEVICE)``)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.waits: Counter[str] = Counter()
+        self.seen = Seen()
 
     def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         if _waits(func, args, kwargs or {}):
-            self.waits[str(func)] += 1
-        return _run(func, args, kwargs or {})
+            self.seen.waits[str(func)] += 1
+        out = _run(func, args, kwargs or {})
+        if not _is_view(func) and any(isinstance(leaf, Elsewhere) for leaf in tree.tree_leaves(out)):
+            self.seen.kernels[str(func)] += 1
+        return out
 
 
 @contextmanager
-def elsewhere() -> Iterator[Counter[str]]:
-    """Within it the device works; gives how often the CPU waited for it so far, by operation.
+def elsewhere() -> Iterator[Seen]:
+    """Within it the device works; gives what it was asked to do so far.
 
     Tensors made by Python cannot be inference tensors: ``torch.inference_mode`` is ``torch.no_grad`` meanwhile. Folding
     takes none but plain tensors, which here are those of the device.
@@ -135,9 +152,9 @@ def elsewhere() -> Iterator[Counter[str]]:
         with (
             patch("torch.inference_mode", lambda mode=True: torch.no_grad() if mode else torch.enable_grad()),
             patch("loraweave.transforms.fold.Tensor", Elsewhere),
-            _Factories() as mode,
+            _Watched() as mode,
         ):
-            yield mode.waits
+            yield mode.seen
     finally:
         _open = False
         torch.__future__.set_swap_module_params_on_conversion(swaps)
@@ -218,6 +235,12 @@ def _refuse_mixed(func: Any, args: Any, kwargs: dict[str, Any], tensors: list[Te
     generator = kwargs.get("generator")
     if to and generator is not None and generator.device.type == "cpu":
         raise MixedDevicesError(f"{func}: a CPU generator draws on another device")
+
+
+def _is_view(func: Any) -> bool:
+    kind = func._schema.name
+    shares = any(out.alias_info is not None and not out.alias_info.is_write for out in func._schema.returns)
+    return shares or kind in ("aten::_unsafe_view", "aten::detach") or kind.startswith("aten::empty")
 
 
 def _waits(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:

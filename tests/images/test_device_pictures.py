@@ -36,8 +36,8 @@ STEPS = (2, 3)
 
 @pytest.fixture
 def waits() -> Iterator[Counter[str]]:
-    with elsewhere() as counted:
-        yield counted
+    with elsewhere() as seen:
+        yield seen.waits
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -27,8 +28,8 @@ ARCHITECTURES = ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name 
 
 @pytest.fixture
 def waits() -> Iterator[Counter[str]]:
-    with elsewhere() as counted:
-        yield counted
+    with elsewhere() as seen:
+        yield seen.waits
 
 
 def moved(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -127,6 +128,34 @@ def test_a_mixture_may_be_moved_after_it_was_attached(name: str, waits: Counter[
     same(here, there, inputs)
     there.model.to("cpu")
     assert torch.equal(tiny.logits(there.model, inputs), tiny.logits(here.model, inputs))
+
+
+def test_kernels_of_a_decoding_step() -> None:
+    """Each costs a GPU's processor as long to start as the next, and of one row that is most of the time."""
+    targets = tiny.ARCHITECTURES["llama"].targets
+    experts = {name: tiny.expert(tiny.model("llama"), targets, 2, 0.5, seed=n) for n, name in enumerate(tiny.NAMES)}
+    modules = len(experts["ant"].factors)
+
+    def started(policy: Any) -> int:
+        with elsewhere() as seen, torch.no_grad():
+            host = tiny.model("llama").to(DEVICE)
+            if policy == "peft":
+                host = get_peft_model(host, LoraConfig(r=2, target_modules=list(targets))).to(DEVICE)
+            elif policy is not None:
+                lw.attach(host, experts, policy)
+            ids = torch.full((1, 1), 5, device=DEVICE)
+            cache = host(input_ids=ids, use_cache=True).past_key_values
+            host(input_ids=ids, past_key_values=cache, use_cache=True)
+            seen.kernels.clear()
+            host(input_ids=ids, past_key_values=cache, use_cache=True)
+            return seen.kernels.total()
+
+    bare = started(None)
+    assert started("peft") - bare == 4 * modules  # with one adapter
+    assert started(lw.Sum(0.5)) - bare == 3 * modules
+    assert started(lw.MoLE(granularity="block")) - bare == 3 * modules + 7 * 2
+    assert started(lw.MoLE(granularity="matrix", pooling="token")) - bare == (3 + 7) * modules
+    assert started(lw.MoLE(granularity="block", pooling="prompt")) - bare == 3 * modules
 
 
 def test_it_folds_into_weights_elsewhere(waits: Counter[str]) -> None:
