@@ -36,7 +36,7 @@ def moved(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: value.to(DEVICE) for key, value in inputs.items()}
 
 
-def pair(architecture: str, policy: Any) -> tuple[Mixture, Mixture]:
+def pair(architecture: str, policy: Any, memory: str | None = None) -> tuple[Mixture, Mixture]:
     """The same mixture on the CPU, and of a model that was elsewhere when it was attached."""
     host = tiny.model(architecture, torch.float64)
     experts = tiny.experts(host, architecture, torch.float64)
@@ -44,7 +44,7 @@ def pair(architecture: str, policy: Any) -> tuple[Mixture, Mixture]:
         here = tiny.randomize(lw.attach(tiny.model(architecture, torch.float64), experts, policy))
     except lw.LoraweaveError as error:
         pytest.skip(str(error))
-    there = lw.attach(host.to(DEVICE), experts, policy)
+    there = lw.attach(host.to(DEVICE), experts, policy, expert_memory=memory)
     with torch.no_grad():
         for (_, known), (_, gate) in zip(here.gate_parameters(), there.gate_parameters(), strict=True):
             gate.copy_(known)
@@ -168,16 +168,16 @@ def test_it_folds_into_weights_elsewhere(waits: Counter[str]) -> None:
     assert torch.equal(tiny.logits(there.model, moved(tiny.batch("llama"))).cpu(), bare.cpu())
 
 
-def test_experts_are_fetched_from_the_cpu(waits: Counter[str]) -> None:
-    policy = lw.MoLE(activation="topk", k=1, pooling="prompt")
-    host = tiny.model("llama", torch.float64)
-    experts = tiny.experts(host, "llama", torch.float64)
-    here = tiny.randomize(lw.attach(tiny.model("llama", torch.float64), experts, policy))
-    there = lw.attach(host.to(DEVICE), experts, policy, expert_memory="1MB")
-    with torch.no_grad():
-        for (_, known), (_, gate) in zip(here.gate_parameters(), there.gate_parameters(), strict=True):
-            gate.copy_(known)
-    same(here, there, tiny.batch("llama"))
+@pytest.mark.parametrize("name", NAMES)
+def test_experts_are_fetched_from_the_cpu(name: str, waits: Counter[str]) -> None:
+    here, there = pair("llama", POLICIES[name], memory="60KB")  # not for all modules at once
+    inputs = tiny.batch("llama")
+    same(here, there, inputs)
+    with here.only("ant"), there.only("ant"):
+        same(here, there, inputs)
+    memory = next(iter(there.layers.values())).bank.memory
+    assert memory.misses > len(there.layers)
+    assert memory.held <= memory.budget
 
 
 def test_the_device_refuses_what_a_gpu_refuses(waits: Counter[str]) -> None:
