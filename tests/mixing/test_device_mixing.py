@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -156,6 +157,18 @@ def test_kernels_of_a_decoding_step() -> None:
     assert started(lw.MoLE(granularity="block")) - bare == 3 * modules + 7 * 2
     assert started(lw.MoLE(granularity="matrix", pooling="token")) - bare == (3 + 7) * modules
     assert started(lw.MoLE(granularity="block", pooling="prompt")) - bare == 3 * modules
+
+
+@pytest.mark.parametrize("name", ["mole", pytest.param("cat-block", marks=pytest.mark.slow)])
+def test_it_is_saved_from_and_loaded_to_another_device(name: str, waits: Counter[str], tmp_path: Path) -> None:
+    here, there = pair("llama", POLICIES[name])
+    there.save_pretrained(tmp_path / "mixture", copy_experts=True)
+    for model in (tiny.model("llama", torch.float64), tiny.model("llama", torch.float64).to(DEVICE)):
+        loaded = lw.load(tmp_path / "mixture", model)
+        assert {parameter.device for _, parameter in loaded.gate_parameters()} == {model.device}
+        inputs = {key: value.to(model.device) for key, value in tiny.batch("llama").items()}
+        expected = tiny.logits(here.model, tiny.batch("llama"))
+        assert_close(tiny.logits(model, inputs).cpu(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_it_folds_into_weights_elsewhere(waits: Counter[str]) -> None:
