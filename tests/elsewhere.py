@@ -1,7 +1,8 @@
 """A second device that every machine has, to see here what would fail on a GPU.
 
-Its tensors lie in the CPU's memory and are computed there, exactly as the CPU's are; but as on a GPU no operation takes
-tensors of both, but for single numbers, and whoever reads a value waits until all that was asked for is computed.
+Its tensors lie in the CPU's memory and are computed there, exactly as the CPU's are. But as on a GPU no operation takes
+tensors of both, but for single numbers where it goes by elements, and whoever reads a value waits until all that was
+asked for is computed.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _open = False
 
 
 class _Device:
-    """What torch asks of a device; other tests do not see it: it is there only within :func:`elsewhere`."""
+    """What torch asks of a device. Other tests know its name alone: it is there only within :func:`elsewhere`."""
 
     def is_available(self) -> bool:
         return _open
@@ -227,7 +228,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _refuse_mixed(func: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor], to: bool) -> None:
-    stray = [tensor for tensor in tensors if not isinstance(tensor, Elsewhere) and tensor.ndim]
+    numbers = torch.Tag.pointwise in func.tags
+    stray = [one for one in tensors if not isinstance(one, Elsewhere) and (one.ndim or not numbers)]
     if func in _INDEXING:  # by places that the CPU knows
         stray = [tensor for tensor in (args[0], *args[2:3]) if not isinstance(tensor, Elsewhere)]
     if stray and func not in _COPIES:

@@ -47,7 +47,8 @@ def table(name: str, results: dict[str, Any]) -> str:
     elif name == "arithmetic" and any(row.get("arithmetic") for row in results["scenarios"].values()):
         found = report.arithmetic_rows(results["scenarios"])
     elif name == "required":
-        found = report.bound_rows(list(report.judge(results["scenarios"], results["memory"])))
+        bounds = report.bounds_of(results["size"])
+        found = report.bound_rows(list(report.judge(results["scenarios"], results["memory"], bounds)))
     if found is None:
         return "*Not measured yet.*\n"
     what = results["scenarios"].get(name, {}).get("what")
@@ -56,15 +57,19 @@ def table(name: str, results: dict[str, Any]) -> str:
 
 def written(text: str, found: Mapping[str, dict[str, Any]]) -> str:
     """The page with every table and the lines of its surroundings written anew from results by file, newest first."""
-    results: dict[str, Any] = {"scenarios": {}, "memory": {}}
+    parts: dict[str, Any] = {"scenarios": {}, "memory": {}}
+    sizes = {one.get("size", {}).get("name", "full") for one in found.values()}
+    if len(sizes) > 1:
+        raise ValueError(f"the results are of several sizes: {', '.join(sorted(sizes))}; a page shows one")
     lines = []
     for file, one in found.items():
         surroundings = "; ".join(f"{key} {value}" for key, value in one["environment"].items())
-        new = [name for name in one["scenarios"] if name not in results["scenarios"]]
+        new = [name for name in one["scenarios"] if name not in parts["scenarios"]]
         what = f"Older, from `{file}`: {'; '.join(new)}" if lines else f"From `{file}`"
         lines.append(f"{what}: {surroundings}.")
-        for part, known in results.items():
-            results[part] = {**one[part], **known}
+        for part, known in parts.items():
+            parts[part] = {**one[part], **known}
+    results = parts | {"size": sizes.pop()}
 
     def head(_: re.Match[str]) -> str:
         return f"<!-- source: {' '.join(found)} -->\n" + "\n\n".join(lines) + "\n<!-- end -->"

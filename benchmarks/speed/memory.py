@@ -19,15 +19,16 @@ ATTACHING = ("attach: bare", "attach: peft all", "attach: sum")
 IMAGES = ("image: peft 1", "image: composite", "image: composite, chunk 1")
 
 
-def peak_of(kind: str, size: Size, experts: Path, threads: int, place: Place) -> dict[str, int]:
+def peak_of(kind: str, size: Size, experts: Path, threads: int, place: Place, shapes: str) -> dict[str, int]:
     """Run one kind of work in a child process.
 
     Args:
         kind: key of ``training.STEPS``, or of ``ATTACHING`` or ``IMAGES``.
-        size: the shapes; of images: ``layers`` under 12 means a toy, over 12 a large one.
+        size: the decoder's shapes.
         experts: the folder that holds the experts' folders or files.
         threads: of the child.
         place: where its models are.
+        shapes: by which name of ``denoisers.IMAGE_SIZES`` a denoiser is made.
 
     Returns:
         ``peak`` and ``before`` (all is loaded, no step run yet): resident bytes, or those taken of a GPU's memory; of
@@ -36,7 +37,7 @@ def peak_of(kind: str, size: Size, experts: Path, threads: int, place: Place) ->
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
     environment["OMP_NUM_THREADS"] = str(threads)
     command = [sys.executable, "-m", f"{__package__}.memory", kind, json.dumps(asdict(size)), str(experts)]
-    command += [place.device, place.dtype]
+    command += [place.device, place.dtype, shapes]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the child that measures {kind!r} failed:\n{done.stderr}")
@@ -57,13 +58,12 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def _work(kind: str, size: Size, experts: Path, place: Place) -> Callable[[], object]:
+def _work(kind: str, size: Size, experts: Path, place: Place, shapes: str) -> Callable[[], object]:
     if kind in IMAGES:
         from speed.denoisers import IMAGE_SIZES, make_image_bench
         from speed.images import pictures
 
-        name = "large" if size.layers > 12 else "full" if size.layers == 12 else "tiny"
-        bench = make_image_bench(IMAGE_SIZES["images"][name], experts, place)
+        bench = make_image_bench(IMAGE_SIZES["images"][shapes], experts, place)
         return pictures(bench)[kind.removeprefix("image: ")]
     from speed.models import make_bench
     from speed.ours import ungated
@@ -78,12 +78,12 @@ def _work(kind: str, size: Size, experts: Path, place: Place) -> Callable[[], ob
     return lambda: kept or kept.append(attach(made))
 
 
-def _main(kind: str, size: str, experts: str, device: str, dtype: str) -> None:
+def _main(kind: str, size: str, experts: str, device: str, dtype: str, shapes: str) -> None:
     from speed.models import Size
     from speed.place import Place
 
     place = Place(device, dtype)
-    run = _work(kind, Size(**json.loads(size)), Path(experts), place)
+    run = _work(kind, Size(**json.loads(size)), Path(experts), place, shapes)
     before = _taken(place)[0]
     for _ in range(1 if kind in IMAGES else 3):
         run()
@@ -96,7 +96,7 @@ def _taken(place: Place) -> tuple[int, int]:
         return _status("VmRSS"), _status("VmHWM")
     import torch
 
-    return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    return torch.cuda.memory_allocated(place.device), torch.cuda.max_memory_allocated(place.device)
 
 
 if __name__ == "__main__":

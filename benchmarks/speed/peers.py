@@ -112,8 +112,8 @@ def peft_xlora(bench: Bench) -> nn.Module:
     folders = {str(i): str(bench.experts[name]) for i, name in enumerate(bench.size.names)}
     torch.manual_seed(3)
     config = XLoraConfig(task_type="CAUSAL_LM", hidden_size=bench.size.width, adapters=folders)
-    wrapped: nn.Module = get_peft_model(model, config, autocast_adapter_dtype=False)
-    return wrapped.eval()
+    wrapped: nn.Module = get_peft_model(model, config)
+    return wrapped.to(bench.place.format).eval()
 
 
 PEERS = (

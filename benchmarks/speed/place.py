@@ -40,7 +40,7 @@ class Place:
     def wait(self) -> None:
         """Until all that was asked for is computed."""
         if not self.on_cpu:
-            torch.accelerator.synchronize()
+            torch.accelerator.synchronize(torch.device(self.device))
 
     def facts(self) -> dict[str, Any]:
         """What a report says of it; nothing of the processor in fp32."""

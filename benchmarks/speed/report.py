@@ -119,6 +119,11 @@ def summary(seconds: dict[str, list[float]], baseline: str) -> dict[str, Any]:
     return {"baseline": baseline, "contenders": rows}
 
 
+def bounds_of(size: str) -> tuple[Bound, ...]:
+    """What is required at a size of ``models.SIZES``."""
+    return LARGE_BOUNDS if size == "large" else BOUNDS
+
+
 def judge(
     results: Results, memory: Mapping[str, Mapping[str, int]] | None = None, bounds: Iterable[Bound] = BOUNDS
 ) -> Iterator[dict[str, Any]]:

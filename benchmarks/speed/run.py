@@ -162,7 +162,7 @@ class Run:
         for _ in range(rounds):
             for kind, runs in made.items():
                 self.say(f"peak memory of {kind}")
-                runs.append(memory.peak_of(kind, size, folder, self.options.threads, self.place))
+                runs.append(memory.peak_of(kind, size, folder, self.options.threads, self.place, self.options.size))
         for kind, runs in made.items():
             middle = sorted(runs, key=lambda run: run["peak"])[len(runs) // 2]
             self.result["memory"][kind] = middle | {"peaks": [run["peak"] for run in runs]}
@@ -174,11 +174,17 @@ class Run:
         self.say(f"{name}: building and checking")
         size = denoisers.IMAGE_SIZES[name][self.options.size]
         folder = self.folder / name
-        bench = denoisers.make_image_bench(size, folder, self.place)
+        single = Place(self.place.device)
+        bench = denoisers.make_image_bench(size, folder, single)
         made = images.pictures(bench)
-        self.result["checks"] |= {f"{name}: {key}": value for key, value in images.check(made, bench).items()}
+        self.result["checks"] |= {f"{name}: {key}": value for key, value in images.check(made).items()}
+        warm = self.place != single
+        if warm:
+            folder /= self.place.dtype
+            bench = denoisers.make_image_bench(size, folder, self.place)
+            made = images.pictures(bench)
         rounds = self._rounds(MOST_IMAGE_ROUNDS)
-        told = partial(interleave, rounds=rounds, seed=self.options.seed, warm=False, wait=self.place.wait)
+        told = partial(interleave, rounds=rounds, seed=self.options.seed, warm=warm, wait=self.place.wait)
         seconds = told(images.tasks(made), progress=lambda what: self.say(f"{name}: {what}"))
         what = f"{size.what}, latent {size.latent}, {size.steps} steps with guidance, 3 rank-{size.rank} LoRAs"
         self._record(name, what, IMAGES, rounds, seconds, "bare")
@@ -189,7 +195,7 @@ class Run:
             self._memory(memory.IMAGES, SIZES[self.options.size], folder)
 
     def _keep(self) -> None:
-        bounds = report.LARGE_BOUNDS if self.options.size == "large" else report.BOUNDS
+        bounds = report.bounds_of(self.result["size"]["name"])
         self.result["bounds"] = list(report.judge(self.result["scenarios"], self.result["memory"], bounds))
         output = self.options.output
         if output is not None:

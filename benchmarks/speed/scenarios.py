@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import CompileConfig
 
 from speed.models import SIZES, Bench, Models, Size, inputs, token_ids
 from speed.ours import FETCHED, GATES
@@ -82,14 +83,19 @@ def generate(bench: Bench, models: Models, *, rows: int, slow_rounds: int = 1, *
 
 
 def compiled(bench: Bench, models: Models) -> dict[str, Task]:
-    """Generation with a static cache by compiled models: one graph for the prompt, one for the steps."""
+    """Generation with a static cache by compiled models: one graph for the prompt, one for the steps.
+
+    On a GPU transformers compiles the steps by itself, and replays them as CUDA graphs; a prompt compiled by us would
+    have the cache made within a graph, which then cannot be replayed.
+    """
+    if not bench.place.on_cpu:
+        once = CompileConfig(fullgraph=True)
+        return generate(bench, models, rows=1, cache_implementation="static", compile_config=once)
     torch._dynamo.config.recompile_limit = 8 * len(models)  # they share the code that is compiled
     backend = "inductor" if bench.size.layers >= 12 else "eager"  # of toys it is enough to see that they run
     for model in models.values():
         host: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        # Elsewhere than on the processor the step's many small kernels are replayed at once (CUDA graphs).
-        mode = None if bench.place.on_cpu else "reduce-overhead"
-        host.forward = torch.compile(host.forward, fullgraph=True, dynamic=False, backend=backend, mode=mode)
+        host.forward = torch.compile(host.forward, fullgraph=True, dynamic=False, backend=backend)
     return generate(bench, models, rows=1, cache_implementation="static")
 
 

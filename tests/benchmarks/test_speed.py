@@ -13,9 +13,10 @@ from speed import document, image_floors, report, run
 from speed.checks import check
 from speed.denoisers import IMAGE_SIZES, SDXLSize, make_image_bench
 from speed.images import call, pictures
-from speed.models import SIZES, Bench, arithmetic, make_bench
+from speed.models import SIZES, Bench, arithmetic, make_bench, token_ids
 from speed.ours import OURS, attach, ungated
 from speed.peers import PEERS, peft_all, peft_one
+from speed.place import Place
 from speed.rows import BATCH, MIXTURES, mixtures
 from speed.scenarios import SCENARIOS
 from speed.timing import Task, interleave, ratios
@@ -80,10 +81,10 @@ def test_of_several_children_the_median_peak_counts(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("group", ["core", "rows,gates,paging", "images"])
+@pytest.mark.parametrize("group", ["core", "decode,ranks,shapes", "rows,gates,paging", "images"])
 def test_it_runs_on_another_device(group: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run.memory, "peak_of", lambda *_: {"peak": 2, "before": 1})  # a child has no such device
-    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda _: None)
     output = tmp_path / "figures.json"
     options = ["--quick", "--rounds", "1", "--threads", "1", "--device", "elsewhere:0", "--group", group]
     with elsewhere():
@@ -98,14 +99,21 @@ def test_it_runs_on_another_device(group: str, tmp_path: Path, monkeypatch: pyte
 @pytest.mark.slow
 def test_it_runs_in_half_precision(tmp_path: Path) -> None:
     output = tmp_path / "figures.json"
-    run.main(
-        ["--quick", "--rounds", "1", "--threads", "1", "--dtype", "bfloat16", "--group", "core", "-o", str(output)]
-    )
+    options = ["--quick", "--rounds", "1", "--threads", "1", "--dtype", "bfloat16"]
+    run.main([*options, "--group", "core,images", "-o", str(output)])
     written = json.loads(output.read_text())
     assert written["environment"]["dtype"] == "bfloat16"
     assert written["scenarios"]["forward"]["arithmetic"]["base_mb"] == pytest.approx(
         1e3 * written["scenarios"]["forward"]["arithmetic"]["base_gflop"]
     )
+
+
+def test_peers_compute_in_the_models_number_format(tmp_path: Path) -> None:
+    bench = make_bench(SIZES["tiny"], tmp_path, Place(dtype="bfloat16"))
+    for contender in PEERS:
+        model = contender.build(bench)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}, contender.name
+        assert model(**token_ids(bench, 1, 4)).logits.isfinite().all()
 
 
 def test_a_unet_of_sdxls_shape(tmp_path: Path) -> None:
@@ -184,6 +192,9 @@ def test_what_one_file_lacks_is_taken_from_an_older_one() -> None:
     assert "| bare | 1000.0 |" in made
     assert "| bare | 7000.0 |" in made
     assert "5000" not in made
+    other = {**measured(4, a=5.0), "size": {"name": "large"}}
+    with pytest.raises(ValueError, match="of several sizes: full, large"):
+        document.written(text, {"new.json": measured(2, a=1.0), "gpu.json": other})
 
 
 def test_a_contender_without_its_loras_is_not_timed(bench: Bench) -> None:

@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.testing import assert_close
+from transformers import StaticCache
 
 import loraweave as lw
 import methods
@@ -131,7 +132,24 @@ def test_a_mixture_may_be_moved_after_it_was_attached(name: str, waits: Counter[
     assert torch.equal(tiny.logits(there.model, inputs), tiny.logits(here.model, inputs))
 
 
-def test_kernels_of_a_decoding_step() -> None:
+@pytest.mark.parametrize("name", ["mole-prompt", "mole-preselect"])
+def test_the_length_of_a_static_cache_is_read_once_a_step(name: str, waits: Counter[str]) -> None:
+    _, there = pair("llama", POLICIES[name])
+    ids = torch.full((1, 3), 5, device=DEVICE)
+    cache = StaticCache(there.model.config, max_cache_len=8)
+    with torch.no_grad():
+        there.model(input_ids=ids, past_key_values=cache)
+        waits.clear()
+        there.model(input_ids=ids[:, :1], past_key_values=cache)
+        assert waits.total() == 1
+        there.detach()
+        waits.clear()
+        there.model(input_ids=ids[:, :1], past_key_values=cache)
+        assert not waits
+
+
+@pytest.mark.parametrize(("dtype", "gate"), [(torch.float32, 7), (torch.bfloat16, 9)])
+def test_kernels_of_a_decoding_step(dtype: torch.dtype, gate: int) -> None:
     """Each costs a GPU's processor as long to start as the next, and of one row that is most of the time."""
     targets = tiny.ARCHITECTURES["llama"].targets
     experts = {name: tiny.expert(tiny.model("llama"), targets, 2, 0.5, seed=n) for n, name in enumerate(tiny.NAMES)}
@@ -139,9 +157,10 @@ def test_kernels_of_a_decoding_step() -> None:
 
     def started(policy: Any) -> int:
         with elsewhere() as seen, torch.no_grad():
-            host = tiny.model("llama").to(DEVICE)
+            host = tiny.model("llama", dtype).to(DEVICE)
             if policy == "peft":
-                host = get_peft_model(host, LoraConfig(r=2, target_modules=list(targets))).to(DEVICE)
+                config = LoraConfig(r=2, target_modules=list(targets))
+                host = get_peft_model(host, config, autocast_adapter_dtype=False).to(DEVICE)
             elif policy is not None:
                 lw.attach(host, experts, policy)
             ids = torch.full((1, 1), 5, device=DEVICE)
@@ -154,8 +173,8 @@ def test_kernels_of_a_decoding_step() -> None:
     bare = started(None)
     assert started("peft") - bare == 4 * modules  # with one adapter
     assert started(lw.Sum(0.5)) - bare == 3 * modules
-    assert started(lw.MoLE(granularity="block")) - bare == 3 * modules + 7 * 2
-    assert started(lw.MoLE(granularity="matrix", pooling="token")) - bare == (3 + 7) * modules
+    assert started(lw.MoLE(granularity="block")) - bare == 3 * modules + gate * 2
+    assert started(lw.MoLE(granularity="matrix", pooling="token")) - bare == (3 + gate) * modules
     assert started(lw.MoLE(granularity="block", pooling="prompt")) - bare == 3 * modules
 
 
@@ -199,6 +218,7 @@ def test_the_device_refuses_what_a_gpu_refuses(waits: Counter[str]) -> None:
         lambda: x + torch.ones(2, 3),
         lambda: torch.ones(3)[torch.tensor([1], device=DEVICE)],
         lambda: x.add_(torch.ones(3)),
+        lambda: torch.stack([x.sum(), torch.tensor(1.0)]),
         lambda: torch.randn(2, device=DEVICE, generator=torch.Generator()),
     ):
         with pytest.raises(MixedDevicesError):

@@ -122,7 +122,10 @@ class Stream:
     @property
     def cached_tokens(self) -> int:
         """How many tokens the cache held when the pass began."""
-        return int(self._cached)
+        cached = int(self._cached)
+        if not torch.compiler.is_compiling():
+            self._cached = cached  # a static cache's length lies on its device: it is read once a pass
+        return cached
 
     def token_mask(self, tokens: int) -> Tensor | None:
         """``[rows, tokens]``: which tokens are real; ``None`` if all are."""

@@ -209,7 +209,10 @@ def _ignores_items(model: nn.Module) -> bool:
 def gate_statistics(mixture: Mixture) -> dict[str, float]:
     """Entropy per site (nats) and load per expert (mean share) in the last pass."""
     sites = [site for site in mixture.sites if site.gate is not None and site.current is not None]
-    entropies = {site.name: float(objective.entropy(site)) for site in sites}
+    # Each reading waits for a GPU, so there is one for all sites.
+    found = [objective.entropy(site) for site in sites]
+    values = torch.stack([entropy.to(found[-1].device) for entropy in found]).tolist()
+    entropies = dict(zip([site.name for site in sites], values, strict=True))
     load = objective.mean_shares(sites).tolist()
     return {
         "entropy": round(sum(entropies.values()) / len(entropies), 5),

@@ -301,7 +301,7 @@ def _teach(
         whole = {name: accelerator.reduce(value, "mean") for name, value in whole.items()}
     logged = {"task_loss": whole["task"], "balance_loss": whole["balance"], "entropy": whole["entropy"]}
     logged |= {f"load/{name}": value for name, value in zip(mixture.experts, whole["shares"], strict=True)}
-    return whole["loss"], {name: float(value) for name, value in logged.items()}
+    return whole["loss"], dict(zip(logged, torch.stack([*logged.values()]).tolist(), strict=True))
 
 
 def _pass(mixture: Mixture, lesson: Lesson, draws: Sequence[Draw]) -> tuple[Tensor, Tensor, Tensor]:
