@@ -25,7 +25,12 @@ from loraweave.training import objective
 POLICIES = methods.METHODS | methods.PROMPT
 QUICK = ("sum", "mole", "mole-topk", "mole-prompt", "cat")
 NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in POLICIES]
-ARCHITECTURES = ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("t5", "gpt2", "bert"))]
+CASES = [
+    *(("llama", name) for name in QUICK),
+    *(pytest.param("llama", name, marks=pytest.mark.slow) for name in POLICIES if name not in QUICK),
+    *(pytest.param("t5", name, marks=pytest.mark.slow) for name in POLICIES),
+    *(pytest.param(other, name, marks=pytest.mark.slow) for other in ("gpt2", "bert") for name in QUICK),
+]
 
 
 @pytest.fixture
@@ -63,8 +68,7 @@ def gradients(mixture: Mixture, inputs: dict[str, Tensor]) -> list[Tensor]:
     return [p.grad.cpu() for _, p in mixture.gate_parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("architecture", "name"), CASES)
 def test_it_says_the_same_elsewhere(architecture: str, name: str, waits: Counter[str]) -> None:
     here, there = pair(architecture, POLICIES[name])
     inputs = tiny.batch(architecture)
