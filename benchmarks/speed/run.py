@@ -63,6 +63,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name in options.contenders:
         if name not in CONTENDERS:
             parser.error(f"--contenders: {name!r} is none of: {', '.join(CONTENDERS)}")
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:  # torch's own ways to say that it is unknown or not there
+        parser.error(f"--device: {options.device!r} cannot be used: {str(error).splitlines()[0]}")
     if options.resume and options.output is None:
         parser.error("--resume: needs the output (-o) to resume")
     if options.quick:

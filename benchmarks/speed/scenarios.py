@@ -88,10 +88,10 @@ def compiled(bench: Bench, models: Models) -> dict[str, Task]:
     On a GPU transformers compiles the steps by itself, and replays them as CUDA graphs; a prompt compiled by us would
     have the cache made within a graph, which then cannot be replayed.
     """
+    torch._dynamo.config.recompile_limit = 8 * len(models)  # they share the code that is compiled
     if not bench.place.on_cpu:
         once = CompileConfig(fullgraph=True)
         return generate(bench, models, rows=1, cache_implementation="static", compile_config=once)
-    torch._dynamo.config.recompile_limit = 8 * len(models)  # they share the code that is compiled
     backend = "inductor" if bench.size.layers >= 12 else "eager"  # of toys it is enough to see that they run
     for model in models.values():
         host: Any = model.get_base_model() if isinstance(model, PeftModel) else model

@@ -71,6 +71,13 @@ def test_figures_of_another_machine_are_not_mixed_in(tmp_path: Path) -> None:
         report.merged({**new, "environment": report.environment(2)}, new, tmp_path / "x.json")
 
 
+@pytest.mark.parametrize("device", ["nowhere", "xpu"])
+def test_a_device_that_is_not_there_is_named(device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run.parse(["--device", device])
+    assert f"--device: '{device}' cannot be used: " in capsys.readouterr().err
+
+
 def test_of_several_children_the_median_peak_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     peaks = iter([5, 50, 9, 20, 7, 30])
     monkeypatch.setattr(run.memory, "peak_of", lambda *_: {"peak": next(peaks), "before": 1})
