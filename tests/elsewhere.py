@@ -188,15 +188,11 @@ def spread(host: Any) -> Any:
     host.hf_device_map = {}
     later = re.compile(r"decoder|lm_head|model\.norm|model\.layers\.1")
     for path, module in host.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        away = bool(later.match(path))
-        for name, parameter in own.items():  # tied ones part
-            setattr(
-                module, name, nn.Parameter(parameter.detach().to(DEVICE if away else "cpu"), parameter.requires_grad)
-            )
+        where = DEVICE if later.match(path) else torch.device("cpu")
+        for name, parameter in list(module.named_parameters(recurse=False)):  # tied ones part
+            setattr(module, name, nn.Parameter(parameter.detach().to(where), parameter.requires_grad))
         for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, buffer.to(DEVICE if away else "cpu"))
-        where = DEVICE if away else torch.device("cpu")
+            setattr(module, name, buffer.to(where))
         add_hook_to_module(module, Hook(execution_device=where, io_same_device=module is host))
         host.hf_device_map[path] = str(where)
     return host

@@ -276,6 +276,14 @@ def randomize(mixture: Mixture, seed: int = 0, strength: float = 1.5) -> Mixture
     return mixture
 
 
+@torch.no_grad()
+def alike(known: Mixture, mixture: Mixture) -> Mixture:
+    """Give a mixture the gates of another, wherever either is."""
+    for (_, parameter), (_, gate) in zip(known.gate_parameters(), mixture.gate_parameters(), strict=True):
+        gate.copy_(parameter)
+    return mixture
+
+
 # ---------------------------------------------------------------- inputs
 
 

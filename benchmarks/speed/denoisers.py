@@ -273,6 +273,20 @@ def make_image_bench(size: ImageSize, folder: Path, place: Place = HERE) -> Imag
     return ImageBench(size, denoiser, files, place)
 
 
+class StandIn(nn.Module):
+    """Stands in a pipeline in its denoiser's place; what it lacks itself is looked up there."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+
 def targets(denoiser: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """What the LoRAs change: the projections of attention."""
     for path, module in denoiser.named_modules():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from speed.denoisers import ImageBench, targets
+from speed.denoisers import ImageBench, StandIn, targets
 from speed.peers import FloorLinear
 
 
@@ -30,18 +30,12 @@ class GroupsLinear(nn.Module):
         return y
 
 
-class Repeated(nn.Module):
+class Repeated(StandIn):
     """A denoiser that is given every row ``times`` times, and the mean of its estimates."""
 
     def __init__(self, inner: nn.Module, times: int) -> None:
-        super().__init__()
-        self.inner, self.times = inner, times
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("inner"), name)
+        super().__init__(inner)
+        self.times = times
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor]:
         def more(value: Any) -> Any:

@@ -7,28 +7,22 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import loraweave as lw
 from loraweave.mixing.types import Policy
 from speed import image_floors
-from speed.denoisers import NAMES, ImageBench
+from speed.denoisers import NAMES, ImageBench, StandIn
 from speed.ours import stir
 from speed.timing import Task
 
 
-class Published(nn.Module):
+class Published(StandIn):
     """The published Composite: one pass after another, each after ``set_adapters``, and the estimates' mean."""
 
     def __init__(self, inner: Any, names: Sequence[str]) -> None:
-        super().__init__()
-        self.inner, self.names = inner, names
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("inner"), name)
+        super().__init__(inner)
+        self.names = names
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor]:
         estimates = []

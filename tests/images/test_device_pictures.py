@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch.testing import assert_close
 
 import loraweave as lw
 import tiny
 from elsewhere import DEVICE, elsewhere
-from loraweave.mixture import Mixture
 
 HALVES = {"hero": (0.0, 0.0, 0.5, 1.0), "coat": (0.5, 0.0, 1.0, 1.0)}
 POLICIES: dict[str, Any] = {
@@ -40,14 +38,6 @@ def waits() -> Iterator[Counter[str]]:
         yield seen.waits
 
 
-@torch.no_grad()
-def alike(known: Mixture, mixture: Mixture) -> Mixture:
-    """Give a mixture the gates of another."""
-    for (_, parameter), (_, gate) in zip(known.gate_parameters(), mixture.gate_parameters(), strict=True):
-        gate.copy_(parameter)
-    return mixture
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", pipes.KINDS)
 def test_pictures_are_the_same_elsewhere(kind: str, waits: Counter[str], tmp_path: Path) -> None:
@@ -63,7 +53,7 @@ def test_pictures_are_the_same_elsewhere(kind: str, waits: Counter[str], tmp_pat
     bare = [counted(steps) for steps in STEPS]
     for name, policy in POLICIES.items():
         known = tiny.randomize(lw.attach(here, files, policy))
-        mixture = alike(known, lw.attach(there, files, policy))
+        mixture = tiny.alike(known, lw.attach(there, files, policy))
         assert_close(pipes.latents(there).cpu(), pipes.latents(here), msg=lambda text, name=name: f"{name}: {text}")
         few, many = (counted(steps) - of_bare for steps, of_bare in zip(STEPS, bare, strict=True))
         reads = READS_OF_FLUX if kind == "flux" else READS
@@ -85,10 +75,10 @@ def test_models_that_wait_on_the_cpu_are_the_same(
         known = tiny.randomize(lw.attach(here, files, POLICIES[name]))
         there = pipes.make(kind)
         if attached == "before":
-            alike(known, lw.attach(there, files, POLICIES[name]))
+            tiny.alike(known, lw.attach(there, files, POLICIES[name]))
         getattr(there, f"enable_{mode}_cpu_offload")(device=DEVICE)
         if attached == "after":
-            alike(known, lw.attach(there, files, POLICIES[name]))
+            tiny.alike(known, lw.attach(there, files, POLICIES[name]))
         expected = pipes.latents(here)
         for _ in range(2):
             assert_close(pipes.latents(there).cpu(), expected, msg=lambda text, name=name: f"{name}: {text}")

@@ -51,10 +51,7 @@ def pair(architecture: str, policy: Any, memory: str | None = None) -> tuple[Mix
         here = tiny.randomize(lw.attach(tiny.model(architecture, torch.float64), experts, policy))
     except lw.LoraweaveError as error:
         pytest.skip(str(error))
-    there = lw.attach(host.to(DEVICE), experts, policy, expert_memory=memory)
-    with torch.no_grad():
-        for (_, known), (_, gate) in zip(here.gate_parameters(), there.gate_parameters(), strict=True):
-            gate.copy_(known)
+    there = tiny.alike(here, lw.attach(host.to(DEVICE), experts, policy, expert_memory=memory))
     assert all(isinstance(tensor, Elsewhere) for tensor in there.model.state_dict().values())
     return here, there
 

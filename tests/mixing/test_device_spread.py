@@ -34,10 +34,7 @@ def pair(architecture: str, policy: Any) -> tuple[Mixture, Mixture]:
         whole = tiny.randomize(lw.attach(tiny.model(architecture, torch.float64), experts, policy))
     except lw.LoraweaveError as error:
         pytest.skip(str(error))
-    halves = lw.attach(spread(tiny.model(architecture, torch.float64)), experts, policy)
-    with torch.no_grad():
-        for (_, known), (_, gate) in zip(whole.gate_parameters(), halves.gate_parameters(), strict=True):
-            gate.copy_(known)
+    halves = tiny.alike(whole, lw.attach(spread(tiny.model(architecture, torch.float64)), experts, policy))
     assert len({layer.bank.device for layer in halves.layers.values()}) == 2
     return whole, halves
 
